@@ -1,0 +1,50 @@
+"""Attention maps of units anywhere inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ema_attention.modules import EMAUnit
+
+__all__ = ["collect_attention_maps"]
+
+
+@contextmanager
+def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    r"""Collects the attention maps of every :class:`EMAUnit` in ``model`` while the context is open.
+
+    Yields a dict that fills as the model runs: from the unit's name in ``model.named_modules()`` to its
+    maps z, (B, K, \*spatial), those of its latest call, detached. ``maps["head.unit"][0, k]`` is the map
+    of basis k over the first sample.
+
+    Raises:
+        ValueError: if there is no ``EMAUnit`` in the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), EMAUnit(8, num_bases=4))
+        >>> with collect_attention_maps(model) as maps:
+        ...     _ = model(torch.randn(2, 3, 10, 10))
+        >>> {name: tuple(z.shape) for name, z in maps.items()}
+        {'1': (2, 4, 8, 8)}
+    """
+    units = {name: module for name, module in model.named_modules() if isinstance(module, EMAUnit)}
+    if not units:
+        raise ValueError(f"the model must contain an EMAUnit; got a {type(model).__name__} without one")
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
+            maps[name] = z.detach()
+
+        return hook
+
+    handles = [unit.attention_maps.register_forward_hook(keep(name)) for name, unit in units.items()]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
