@@ -30,7 +30,6 @@ from ema_attention.functional import (
     statistics,
 )
 
-
 vjp: Any = _vjp  # its annotation has room for an auxiliary output that is not asked for here
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,13 +136,13 @@ class EMAUnit(nn.Module):
             for weight in (self.conv1.weight, self.conv2[0].weight):
                 assert isinstance(weight, Tensor)  # for the type checker
                 weight.normal_(0, math.sqrt(2 / len(weight)))
-        norm = self.conv2[1]
-        if isinstance(reset := getattr(norm, "reset_parameters", None), Callable):
-            reset()
+        norm: Any = self.conv2[1]
+        if hasattr(norm, "reset_parameters"):
+            norm.reset_parameters()
         if self.zero_init:
-            if not isinstance(weight := getattr(norm, "weight", None), Tensor):
+            if not isinstance(getattr(norm, "weight", None), Tensor):
                 raise ValueError(f"zero_init needs a norm_layer with a weight; got {type(norm).__name__}")
-            nn.init.zeros_(weight)
+            nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attends; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM."""
@@ -181,7 +182,7 @@ class EMAUnit(nn.Module):
             y += x[..., None]  # in place: BatchNorm's backward does not look at its output
         else:
             y = x[..., None] + self.conv2(F.relu(reconstruct(mu, z, like=x))[..., None])
-        return (F.relu(y, inplace=True) if self.final_relu else y).squeeze(-1)
+        return (y.relu_() if self.final_relu else y).squeeze(-1)
 
     def _is_eager(self, x: Tensor) -> bool:
         """Whether conv2 runs now, as it is, in one dtype."""
