@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import vjp as _vjp
 
 from ema_attention.functional import (
+    autocasts,
     bases_of_x,
     expectation,
     is_channels_last,
@@ -127,11 +128,26 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def stands_in_for(conv2: nn.Module, x: Tensor) -> bool:
+    """Whether calling ``EMAUnit``'s conv2 on what is like x would do what is done here, and nothing else."""
+    if is_tracing() or autocasts(x.device) or not (_is_plain(conv2, nn.Sequential) and len(conv2) == 2):
+        return False
+    conv, norm = conv2
+    return (
+        _is_plain(conv, nn.Conv2d)
+        and _is_plain(norm, nn.BatchNorm2d)
+        and conv.bias is None
+        and conv.kernel_size == (1, 1)
+        and conv.groups == 1
+        and all(p.dtype == x.dtype for p in conv2.parameters())
+    )
+
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Whether calling ``module`` does what ``kind`` does and nothing else: no subclass, parametrization or hook."""
+def _is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether ``module`` is of just this class, not a subclass or parametrized, and without hooks."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 

@@ -211,10 +211,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) < x.stride(2)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def _check(
@@ -249,18 +252,26 @@ def _check(
             f"mu must be (C', K), (1, C', K) or (B, C', K) with C' = {channels}, B = {batch} and K at least 1; "
             f"got {tuple(mu.shape)}"
         )
-    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias), ("mask", mask)):
+    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if name != "mask" and not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a real floating point dtype; got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, True where a position takes part; got {mask.dtype}")
-        if mask.shape != (batch, *x.shape[2:]):
-            raise ValueError(f"mask must be (B, *spatial) = {(batch, *x.shape[2:])}; got {tuple(mask.shape)}")
+    check_mask(mask, x)
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raises if ``mask`` is not a bool tensor over the positions of x (B, C, *spatial)."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a position takes part; got {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on the device of x, {x.device}; got {mask.device}")
+    if mask.shape != x.shape[:1] + x.shape[2:]:
+        raise ValueError(f"mask must be (B, *spatial) = {tuple(x.shape[:1] + x.shape[2:])}; got {tuple(mask.shape)}")
 
 
 def check_settings(stages: int, scale: float, gradient: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -35,16 +35,10 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if not units:
         raise ValueError(f"the model must contain an EMAUnit; got a {type(model).__name__} without one")
     maps: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
-            maps[name] = z.detach()
-
-        return hook
-
-    handles = [unit.attention_maps.register_forward_hook(keep(name)) for name, unit in units.items()]
+    for name, unit in units.items():
+        unit.map_collectors.append((maps, name))
     try:
         yield maps
     finally:
-        for handle in handles:
-            handle.remove()
+        for unit in units.values():
+            unit.map_collectors = [collector for collector in unit.map_collectors if collector[0] is not maps]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ema_attention import fast
 from ema_attention.functional import (
     GradientMode,
+    check_mask,
     check_settings,
     expectation_maximization,
     reconstruct,
@@ -51,7 +52,7 @@ class EMAUnit(nn.Module):
             BatchNorm's momentum, which weighs the new).
         gradient: what is differentiated; see :func:`em_attention`. ``"none"`` is the paper.
         scale: sharpness of the E-step.
-        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, N, 1).
+        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, 1, N).
         zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
             nothing at first (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets.
@@ -123,7 +124,7 @@ class EMAUnit(nn.Module):
             nn.Conv2d(inner_channels, channels, 1, bias=False, device=device, dtype=dtype),
             norm_layer(channels).to(device=device, dtype=dtype),
         )
-        self.attention_maps = nn.Identity()  # passes z through, so that a forward hook can see it
+        self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # see collect_attention_maps
         self.conv1.requires_grad_(gradient != "none")
         self.reset_parameters()
 
@@ -152,6 +153,7 @@ class EMAUnit(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         channels_first = x.movedim(self.channel_dim, 1)
+        check_mask(mask, channels_first)
         spatial = channels_first.shape[2:]
         features = channels_first.flatten(2)  # (B, C, N)
         positions = None if mask is None else mask.flatten(1)
@@ -167,31 +169,27 @@ class EMAUnit(nn.Module):
         )
         if self.training:
             self._move_bases(mu.detach(), z.detach())
-        self.attention_maps(z.mT.unflatten(2, spatial))
-        y = self._project(features, mu, z)
-        return y.unflatten(2, spatial).movedim(1, self.channel_dim)
+        for maps, name in self.map_collectors:
+            maps[name] = z.detach().mT.unflatten(2, spatial)
+        y: Tensor = self._project(features, mu, z).unflatten(2, spatial)
+        return y.movedim(1, self.channel_dim)
 
     def _project(self, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
         """The rest of the unit, relu(x + conv2(relu(mu zᵀ))), (B, C, N)."""
-        conv, norm = self.conv2
-        if self._is_eager(x) and fast.is_plain(conv, nn.Conv2d) and fast.is_plain(norm, nn.BatchNorm2d):
+        # Any layout is (B, C, 1, N) to conv2. Not (B, C, N, 1): of channels-last memory [..., None] makes a
+        # stride for which BatchNorm2d's gradient is wrong on a CPU (seen with PyTorch 2.15).
+        if fast.stands_in_for(self.conv2, x):
+            conv: Any = self.conv2[0]
+            norm: Any = self.conv2[1]
             frozen = not fast.differentiates(x, mu, z, *self.conv2.parameters())
             if frozen and not norm.training and norm.affine and norm.running_mean is not None:
                 return fast.inference_tail(x, mu, z, conv, norm, self.final_relu)
-            y: Tensor = norm(fast.reconstruct_conv(mu, z, conv.weight.flatten(1), like=x)[..., None])
-            y += x[..., None]  # in place: BatchNorm's backward does not look at its output
+            y: Tensor = norm(fast.reconstruct_conv(mu, z, conv.weight.flatten(1), like=x).unsqueeze(2))
+            y += x.unsqueeze(2)  # in place: BatchNorm's backward does not look at its output
         else:
-            y = x[..., None] + self.conv2(F.relu(reconstruct(mu, z, like=x))[..., None])
-        return (y.relu_() if self.final_relu else y).squeeze(-1)
-
-    def _is_eager(self, x: Tensor) -> bool:
-        """Whether conv2 runs now, as it is, in one dtype."""
-        return (
-            not fast.is_tracing()
-            and fast.is_plain(self.conv2, nn.Sequential)
-            and not torch.is_autocast_enabled(x.device.type)
-            and all(p.dtype == x.dtype for p in self.conv2.parameters())
-        )
+            y = x.unsqueeze(2) + self.conv2(F.relu(reconstruct(mu, z, like=x)).unsqueeze(2))
+        y = y.relu_() if self.final_relu else y
+        return y.squeeze(2)
 
     @torch.no_grad()
     def _move_bases(self, mu: Tensor, z: Tensor) -> None:

@@ -1,0 +1,256 @@
+"""EMAUnit: its formula, its state, the published names, layouts and errors."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ema_attention import EMAUnit, em_attention
+
+
+def trained_like(unit: EMAUnit) -> EMAUnit:
+    """The unit with a norm whose every tensor matters."""
+    norm = unit.conv2[1]
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return unit
+
+
+def formula(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The unit's equation, module by module, on x (B, C, H, W)."""
+    y = unit.conv1(x if mask is None else x.masked_fill(~mask[:, None], 0.0))
+    out = em_attention(y, unit.mu, unit.stages, scale=unit.scale, gradient=unit.gradient, mask=mask).out
+    y = x + unit.conv2(F.relu(out))
+    return F.relu(y) if unit.final_relu else y
+
+
+@pytest.mark.parametrize("mode", ["none", "last", "all"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("masked", [False, True])
+def test_unit_equals_its_formula(mode: str, training: bool, memory_format: torch.memory_format, masked: bool) -> None:
+    unit = trained_like(EMAUnit(12, 5, inner_channels=10, gradient=mode, scale=1.5, final_relu=masked)).double()
+    unit.train(training)
+    x = torch.randn(3, 12, 24, 25, dtype=torch.float64).to(memory_format=memory_format)
+    mask = torch.rand(3, 24, 25) < 0.7 if masked else None
+    before = copy.deepcopy(unit)
+    results = []
+    for module, function in ((unit, unit), (before, partial(formula, before))):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, mask=mask)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        results.append((y, torch.autograd.grad(loss, [leaf, *parameters])))
+    (y, gradients), (y_formula, gradients_formula) = results
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y, y_formula)
+    for one, other in zip(gradients, gradients_formula, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(unit.conv2.buffers(), before.conv2.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_published_names_and_shapes_load_strictly() -> None:
+    published = {
+        "mu": torch.randn(1, 512, 64),
+        "conv1.weight": torch.randn(512, 512, 1, 1),
+        "conv1.bias": torch.randn(512),
+        "conv2.0.weight": torch.randn(512, 512, 1, 1),
+        "conv2.1.weight": torch.randn(512),
+        "conv2.1.bias": torch.randn(512),
+        "conv2.1.running_mean": torch.randn(512),
+        "conv2.1.running_var": torch.rand(512),
+        "conv2.1.num_batches_tracked": torch.tensor(7),
+    }
+    unit = EMAUnit(512)
+    assert {name: t.shape for name, t in unit.state_dict().items()} == {name: t.shape for name, t in published.items()}
+    unit.load_state_dict(published, strict=True)
+    for name, tensor in unit.state_dict().items():
+        torch.testing.assert_close(tensor, published[name], rtol=0, atol=0)
+
+
+def test_initialisation_as_published() -> None:
+    unit = EMAUnit(256, 64, inner_channels=512)
+    torch.testing.assert_close(unit.mu.norm(dim=1), torch.ones(1, 64))
+    assert unit.conv1.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+    assert unit.conv2[0].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    assert unit.conv2[0].bias is None
+    assert unit.conv1.bias.abs().max() <= 1 / 256**0.5
+    assert (unit.conv2[1].weight == 1).all()
+    assert (unit.conv2[1].bias == 0).all()
+
+
+def test_training_moves_the_bases_one_step_of_the_moving_average() -> None:
+    unit = EMAUnit(8, 4, decay=0.8)
+    x = torch.randn(3, 8, 6, 6)
+    old = unit.mu.clone()
+    found = em_attention(unit.conv1(x), old, 3).mu
+    unit.train()(x)
+    by_hand = 0.8 * old[0] + 0.2 * (found[0] + found[1] + found[2]) / 3
+    by_hand = by_hand / by_hand.pow(2).sum(0).sqrt()
+    torch.testing.assert_close(unit.mu[0], by_hand)
+    assert not torch.equal(unit.mu, old)
+
+
+def test_eval_leaves_the_bases_bit_identical() -> None:
+    unit = EMAUnit(8, 4).eval()
+    old = unit.mu.clone()
+    for _ in range(3):
+        unit(torch.randn(2, 8, 6, 6))
+    assert torch.equal(unit.mu, old)
+
+
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.floats(0, 1), st.integers(0, 99)
+)
+def test_buffer_has_unit_norm_after_every_update(dtype: torch.dtype, decay: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    unit = EMAUnit(6, 4, decay=decay).to(dtype).train()
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    for scale in (1.0, 1e3, 0.0):
+        unit((scale * torch.randn(2, 6, 5, 5)).to(dtype))
+        norms = unit.mu.double().norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_batch_that_is_not_finite_moves_nothing(poison: float) -> None:
+    unit = EMAUnit(8, 4).train()
+    old = unit.mu.clone()
+    x = torch.randn(3, 8, 6, 6)
+    x[1, 2, 3, 4] = poison
+    unit(x)
+    assert torch.equal(unit.mu, old)
+    unit(torch.randn(3, 8, 6, 6))
+    assert not torch.equal(unit.mu, old)
+
+
+def test_an_empty_batch_moves_nothing() -> None:
+    unit = EMAUnit(8, 4, norm_layer=lambda channels: nn.GroupNorm(1, channels)).train()
+    old = unit.mu.clone()
+    assert unit(torch.randn(0, 8, 6, 6)).shape == (0, 8, 6, 6)
+    assert torch.equal(unit.mu, old)
+
+
+def test_bases_may_move_between_forward_and_backward() -> None:
+    unit = EMAUnit(8, 4, gradient="all").train()
+    x = torch.randn(2, 8, 6, 6)
+    loss = unit(x).sum() + unit(x).sum()
+    loss.backward()
+    assert unit.conv1.weight.grad is not None
+
+
+def test_conv1_is_frozen_exactly_when_no_gradient_can_reach_it() -> None:
+    for mode in ("none", "last", "all"):
+        unit = EMAUnit(8, 4, gradient=mode).train()
+        unit(torch.randn(2, 8, 6, 6)).square().sum().backward()
+        for name, parameter in unit.named_parameters():
+            assert parameter.requires_grad == (mode != "none" or not name.startswith("conv1"))
+            assert (parameter.grad is not None) == parameter.requires_grad
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda unit: pickle.loads(pickle.dumps(unit))])
+def test_copies_are_equal_and_apart(copied) -> None:
+    unit = EMAUnit(8, 4)
+    unit(torch.randn(2, 8, 6, 6))
+    other = copied(unit)
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(other.eval()(x), unit.eval()(x), rtol=0, atol=0)
+    other.train()(x)
+    assert not torch.equal(other.mu, unit.mu)
+
+
+def test_layouts_agree() -> None:
+    """1D, 2D, 3D and tokens hold the same positions, so they give the same values."""
+    unit = EMAUnit(8, 4, final_relu=False).eval()
+    x = torch.randn(2, 8, 24)
+    expected = unit(x)
+    for shape in ((4, 6), (2, 3, 4)):
+        y = unit(x.unflatten(2, shape))
+        assert y.shape == (2, 8, *shape)
+        torch.testing.assert_close(y.flatten(2), expected)
+    for dim, tokens in ((-1, x.mT), (2, x.mT), (-1, x.unflatten(2, (4, 6)).movedim(1, -1))):
+        unit.channel_dim = dim
+        y = unit(tokens)
+        assert y.shape == tokens.shape
+        torch.testing.assert_close(y.movedim(-1, 1).flatten(2), expected)
+        assert unit(tokens.contiguous()).is_contiguous()
+
+
+def test_zero_init_changes_nothing() -> None:
+    x = torch.randn(2, 8, 6, 6)
+    for training in (False, True):
+        assert torch.equal(EMAUnit(8, 4, zero_init=True, final_relu=False).train(training)(x), x)
+        assert torch.equal(EMAUnit(8, 4, zero_init=True).train(training)(x.relu()), x.relu())
+
+
+def test_padding_does_not_leak() -> None:
+    unit = EMAUnit(8, 4).eval()
+    x = torch.randn(1, 8, 10)
+    padded = F.pad(x, (0, 7), value=1e4)
+    mask = torch.arange(17)[None] < 10
+    torch.testing.assert_close(unit(padded, mask=mask)[..., :10], unit(x))
+
+
+def test_factory_arguments_reach_every_tensor() -> None:
+    unit = EMAUnit(8, 4, dtype=torch.float64, device="meta")
+    assert all(t.device.type == "meta" for t in unit.state_dict().values())
+    assert all(t.dtype == torch.float64 for t in unit.state_dict().values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "norm_layer",
+    [nn.Identity, nn.InstanceNorm2d, lambda c: nn.GroupNorm(2, c), lambda c: nn.BatchNorm2d(c, affine=False)],
+)
+def test_other_norms_fit(norm_layer) -> None:
+    unit = EMAUnit(8, 4, norm_layer=norm_layer)
+    x = torch.randn(2, 8, 6, 6)
+    unit.train()(x)
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(unit.eval()(x), formula(unit, x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"channels": 0}, ValueError, "channels must be at least 1; got 0"),
+        ({"channels": 8.0}, TypeError, "channels must be an int; got float"),
+        ({"num_bases": 0}, ValueError, "num_bases must be at least 1; got 0"),
+        ({"inner_channels": 0}, ValueError, "inner_channels must be at least 1; got 0"),
+        ({"stages": 0}, ValueError, "stages must be at least 1; got 0"),
+        ({"stages": 2.5}, TypeError, "stages must be an int; got float"),
+        ({"decay": 1.5}, ValueError, "decay must be from 0 to 1; got 1.5"),
+        ({"decay": float("nan")}, ValueError, "decay must be from 0 to 1; got nan"),
+        ({"scale": -1.0}, ValueError, "scale must be positive and finite; got -1.0"),
+        ({"gradient": "some"}, ValueError, "gradient must be one of .* got 'some'"),
+        ({"channel_dim": 0}, ValueError, "channel_dim must not be 0"),
+        (
+            {"zero_init": True, "norm_layer": nn.Identity},
+            ValueError,
+            "zero_init needs a norm_layer with a weight; got Identity",
+        ),
+    ],
+)
+def test_constructor_errors(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        EMAUnit(**{"channels": 8, "num_bases": 4, **arguments})
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (2, 7, 4, 4), (2, 4, 4, 8)])
+def test_input_errors(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"8 channels in dimension 1; got \("):
+        EMAUnit(8, 4)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 4, 4)])
+def test_mask_errors(mask: Tensor) -> None:
+    with pytest.raises((ValueError, TypeError), match="mask must be"):
+        EMAUnit(8, 4)(torch.randn(2, 8, 4, 4), mask=mask)

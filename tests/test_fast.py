@@ -1,0 +1,213 @@
+"""What is only for speed equals the plain form, is used where it may be and nowhere else, and saves what it says."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from ema_attention import EMAUnit, em_attention, fast
+from tests.test_ema_unit import formula, trained_like
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the fast functions that ran."""
+    names: list[str] = []
+
+    def spy(name: str) -> Callable[..., object]:
+        function = getattr(fast, name)
+
+        def wrapper(*args: object, **kwargs: object) -> object:
+            names.append(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("run_stages", "reconstruct_conv", "inference_tail"):
+        monkeypatch.setattr(fast, name, spy(name))
+    return names
+
+
+def test_used_where_they_may_be(calls: list[str]) -> None:
+    x = torch.randn(2, 8, 6, 6)
+    unit = EMAUnit(8, 4, gradient="all")
+    unit(x)
+    assert calls == ["run_stages", "reconstruct_conv"]
+    calls.clear()
+    with torch.no_grad():
+        unit.eval()(x)
+    assert calls == ["inference_tail"]
+    calls.clear()
+    unit.requires_grad_(False)(x)
+    assert calls == ["inference_tail"]
+    calls.clear()
+    EMAUnit(8, 4, gradient="none")(x)
+    assert calls == ["reconstruct_conv"]
+
+
+def with_hook_on(get: Callable[[EMAUnit], nn.Module]) -> Callable[[EMAUnit], None]:
+    return lambda unit: get(unit).register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def train_norm(unit: EMAUnit) -> None:
+    unit.conv2[1].train()
+
+
+def forget_statistics(unit: EMAUnit) -> None:
+    unit.conv2[1] = nn.BatchNorm2d(8, track_running_stats=False).eval()
+
+
+def drop_affine(unit: EMAUnit) -> None:
+    unit.conv2[1] = nn.BatchNorm2d(8, affine=False).eval()
+
+
+def other_norm(unit: EMAUnit) -> None:
+    unit.conv2[1] = nn.GroupNorm(2, 8)
+
+
+def add_bias(unit: EMAUnit) -> None:
+    unit.conv2[0] = nn.Conv2d(8, 8, 1)
+
+
+def append_dropout(unit: EMAUnit) -> None:
+    unit.conv2.append(nn.Dropout2d(0.5)).eval()
+
+
+def parametrize(unit: EMAUnit) -> None:
+    torch.nn.utils.parametrizations.weight_norm(unit.conv2[0])
+    unit.conv2[0].parametrizations.weight.original0.data.mul_(3)
+
+
+def quantized_like_subclass(unit: EMAUnit) -> None:
+    class Doubling(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    conv = Doubling(8, 8, 1, bias=False)
+    unit.conv2[0] = conv
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook_on(lambda unit: unit.conv2),
+        with_hook_on(lambda unit: unit.conv2[0]),
+        with_hook_on(lambda unit: unit.conv2[1]),
+        train_norm,
+        forget_statistics,
+        drop_affine,
+        other_norm,
+        add_bias,
+        append_dropout,
+        parametrize,
+        quantized_like_subclass,
+    ],
+)
+def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], calls: list[str]) -> None:
+    unit = trained_like(EMAUnit(8, 4)).eval()
+    change(unit)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        y = unit(x)
+        assert "inference_tail" not in calls
+        torch.testing.assert_close(y, formula(unit, x))
+    torch.testing.assert_close(unit(x), formula(unit, x))
+
+
+def test_autocast_takes_the_plain_path(calls: list[str]) -> None:
+    unit = trained_like(EMAUnit(8, 4)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+    assert not calls
+    torch.testing.assert_close(y, unit(x), rtol=3e-2, atol=3e-2)
+
+
+def test_a_traced_unit_takes_the_plain_path(calls: list[str]) -> None:
+    unit = trained_like(EMAUnit(8, 4)).eval()
+    x, larger = torch.randn(1, 8, 6, 6), torch.randn(1, 8, 40, 30)
+    exported = torch.export.export(unit, (x,), dynamic_shapes=({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
+    assert not calls
+    torch.testing.assert_close(exported.module()(larger), unit(larger))
+
+
+@pytest.mark.parametrize("gradient", ["all", "last"])
+def test_run_stages_equals_the_loop(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, 30, dtype=torch.float64, requires_grad=True)
+    mu = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=0).requires_grad_(gradient == "all")
+    weight = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    inputs = [t for t in (x, mu, weight, bias) if t.requires_grad]
+    results = []
+    for _ in range(2):
+        out, bases, z = em_attention(x, mu, 3, gradient=gradient, weight=weight, bias=bias)
+        loss = out.square().sum() + bases.pow(3).sum() + z.exp().sum()
+        results.append((out, bases, z, *torch.autograd.grad(loss, inputs)))
+        monkeypatch.setattr(fast, "differentiates", lambda *tensors: False)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_reconstruct_conv_gradients(channels_last: bool) -> None:
+    mu = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    z = torch.rand(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    like = torch.empty(2, 7, 4, dtype=torch.float64).mT if channels_last else torch.empty(2, 4, 7, dtype=torch.float64)
+
+    def function(mu: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        return fast.reconstruct_conv(mu, z, weight, like)
+
+    torch.testing.assert_close(function(mu, z, weight), weight @ F.relu(mu @ z.mT))
+    assert function(mu, z, weight).stride() == like.stride()
+    assert gradcheck(function, (mu, z, weight))
+    assert gradgradcheck(function, (mu, z, weight))
+
+
+@pytest.mark.parametrize(("gradient", "limit"), [("none", 1.3), ("last", 1.5), ("all", 1.8)])
+def test_memory_held_from_forward_to_backward(gradient: str, limit: float) -> None:
+    """Beyond input, output and parameters, in outputs, at the published C / K = 8 and T = 3."""
+    unit = EMAUnit(64, 8, gradient=gradient).train()
+    x = torch.randn(2, 64, 48, 48, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in (x, *unit.parameters())}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = unit(x)
+    known.add(y.untyped_storage().data_ptr())
+    ratio = sum(size for pointer, size in held.items() if pointer not in known) / (y.numel() * 4)
+    assert 1 < ratio <= limit
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_arithmetic_of_an_eval_forward(device: str) -> None:
+    """C²N + (2T+1)NCK for the unit with its projection folded, and 2T·C²K that do not grow with N."""
+    channels, bases, stages, size = 64, 16, 3, 30
+    unit = EMAUnit(channels, bases, stages).eval().to(device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unit(torch.randn(1, channels, size, size, device=device))
+    positions = size * size
+    per_position = positions * channels * (channels + (2 * stages + 1) * bases)
+    fixed = 2 * stages * channels * channels * bases
+    assert counter.get_total_flops() == 2 * (per_position + fixed)
+
+
+def test_deepcopy_shares_nothing() -> None:
+    unit = trained_like(EMAUnit(8, 4)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        before = unit(x)
+        copy.deepcopy(unit).conv2[1].weight.mul_(2)
+        torch.testing.assert_close(unit(x), before, rtol=0, atol=0)
+        unit.conv2[1].weight.mul_(2)  # nothing folded is kept: the next call sees it
+        torch.testing.assert_close(unit(x), formula(unit, x))

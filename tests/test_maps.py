@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch import nn
+
+from ema_attention import EMAUnit, collect_attention_maps, em_attention
+
+
+def test_collects_the_maps_of_every_unit() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), EMAUnit(8, 4))
+            self.tokens = EMAUnit(8, 5, channel_dim=-1, final_relu=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tokens(self.stem(x).flatten(2).mT)
+
+    net = Net().eval()
+    x = torch.randn(2, 3, 10, 12)
+    with collect_attention_maps(net) as maps:
+        y = net(x)
+    assert {name: tuple(z.shape) for name, z in maps.items()} == {"stem.1": (2, 4, 8, 10), "tokens": (2, 5, 80)}
+    unit = net.stem[1]
+    expected = em_attention(unit.conv1(net.stem[0](x)), unit.mu, 3).z
+    torch.testing.assert_close(maps["stem.1"], expected)
+    torch.testing.assert_close(net(x), y, rtol=0, atol=0)
+
+
+def test_collects_only_while_open_and_keeps_no_graph() -> None:
+    unit = EMAUnit(8, 4, gradient="all")
+    with collect_attention_maps(unit) as maps:
+        assert maps == {}
+        unit(torch.randn(1, 8, 5))
+        unit(torch.randn(2, 8, 6))
+    assert list(maps) == [""]
+    assert maps[""].shape == (2, 4, 6)
+    assert not maps[""].requires_grad
+    unit(torch.randn(3, 8, 7))
+    assert maps[""].shape == (2, 4, 6)
+
+
+def test_stops_collecting_after_an_error() -> None:
+    unit = EMAUnit(8, 4)
+    with pytest.raises(RuntimeError, match="stop"), collect_attention_maps(unit) as maps:
+        raise RuntimeError("stop")
+    unit(torch.randn(1, 8, 5))
+    assert maps == {}
+
+
+def test_a_model_without_a_unit_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="must contain an EMAUnit; got a Conv2d without one"),
+        collect_attention_maps(nn.Conv2d(3, 8, 3)),
+    ):
+        pass
+
+
+def test_a_compiled_model_is_seen_into() -> None:
+    unit = EMAUnit(8, 4).eval()
+    compiled = torch.compile(unit, backend="eager", fullgraph=True)
+    x = torch.randn(2, 8, 5, 5)
+    compiled(x)
+    with collect_attention_maps(compiled) as maps:
+        compiled(x)
+    (z,) = maps.values()
+    assert z.shape == (2, 4, 5, 5)
+
+
+def test_contexts_may_be_nested() -> None:
+    unit = EMAUnit(8, 4)
+    with collect_attention_maps(unit) as outer:
+        unit(torch.randn(1, 8, 5))
+        with collect_attention_maps(unit) as inner:
+            unit(torch.randn(1, 8, 6))
+        unit(torch.randn(1, 8, 7))
+    assert inner[""].shape == (1, 4, 6)
+    assert outer[""].shape == (1, 4, 7)
