@@ -199,7 +199,8 @@ def test_arithmetic_of_an_eval_forward(device: str) -> None:
     positions = size * size
     per_position = positions * channels * (channels + (2 * stages + 1) * bases)
     fixed = 2 * stages * channels * channels * bases
-    assert counter.get_total_flops() == 2 * (per_position + fixed)
+    offsets = stages * channels * bases  # counted or not, depending on PyTorch's version
+    assert counter.get_total_flops() in (2 * (per_position + fixed), 2 * (per_position + fixed + offsets))
 
 
 def test_deepcopy_shares_nothing() -> None:
