@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+FLOOR_TESTS = em_attention ema_unit fast gradients maps
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test check format build clean
+.PHONY: help demo test test-floor check format build clean
 
 help:
 	@echo "make demo    attention maps of a photograph, and an EMANet forward on it"
 	@echo "make test    all tests"
+	@echo "make test-floor  the library's tests with the oldest PyTorch it admits"
 	@echo "make check   formatting, lint, types"
 	@echo "make format  put the formatting right"
 	@echo "make build   wheel and sdist into dist/"
@@ -22,8 +24,25 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+demo: $(INSTALLED)
+	$(BIN)/python examples/attention_maps.py
+	@echo
+	$(BIN)/python -m examples.emanet.forward
+	@echo
+	@echo "The attention maps are in out/attention_maps.png"
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The library with the oldest PyTorch that pyproject.toml admits (Python 3.10 to 3.13 have a wheel of it).
+test-floor: $(VENV)-floor/.installed
+	PYTHONPATH=src:. $(VENV)-floor/bin/python -m pytest src/ema_attention/functional.py src/ema_attention/modules.py \
+		src/ema_attention/maps.py $(addprefix tests/test_,$(addsuffix .py,$(FLOOR_TESTS)))
+
+$(VENV)-floor/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" numpy hypothesis pytest
+	@touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

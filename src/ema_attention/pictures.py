@@ -1,0 +1,200 @@
+"""Pictures of attention maps. They need matplotlib: the extra ``ema-attention[plot]``."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_attention_maps"]
+
+# Okabe and Ito, "Color Universal Design", 2008, with grey for black: every kind of colour vision tells them apart.
+_COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7", "#E69F00", "#404040")
+# What later rounds of eight are mixed with, 0 for black and 1 for white, and how much of it.
+_SHADES = ((0, 0.0), (1, 0.5), (0, 0.45), (1, 0.25), (0, 0.25), (1, 0.7), (0, 0.65), (1, 0.85))
+_LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are K + 2 of them
+
+
+def plot_attention_maps(image: Any, z: Tensor) -> Figure:
+    """Draws the attention maps of one sample over its photograph.
+
+    The panels are the photograph; the K maps, each over the photograph in grey and framed in the colour
+    of its basis; and the hard assignment: every position in the colour of the basis with the largest z,
+    and the number of that basis in its widest region. There are eight colours: beyond K = 8 they come
+    round again in other shades, and the numbers tell the bases apart. The maps are taken to cover the
+    whole photograph, and are interpolated to its size.
+
+    Args:
+        image: the photograph: a tensor (3, H, W) or (1, H, W), or anything that ``numpy.asarray`` makes
+            (H, W) or (H, W, 3) of; uint8, or floating point from 0 to 1.
+        z: the maps of one sample, (K, h, w): ``em_attention(...).z[0]``, or ``maps[name][0]`` of those
+            that :func:`collect_attention_maps` collects.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window: ``figure.savefig(path)`` writes it. The
+        title over a map is the number of its basis and its share of the image, the mean of the map. A
+        position that took no part (z = 0 for every basis) has no colour in the assignment.
+
+    Raises:
+        ImportError: without matplotlib.
+        TypeError: for maps that are not a floating point tensor, or an image of another dtype.
+        ValueError: for other shapes, and for values that are not finite and from 0 to 1.
+
+    Example:
+        >>> figure = plot_attention_maps(torch.rand(3, 48, 64), torch.randn(4, 6, 8).softmax(0))
+        >>> [ax.get_title() for ax in figure.axes[:1]]
+        ['photograph']
+    """
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.patheffects import withStroke
+    except ImportError as error:
+        raise ImportError('plot_attention_maps needs matplotlib: pip install "ema-attention[plot]"') from error
+
+    photo = _photo(image)
+    _check_maps(z)
+    z = z.detach().float().cpu()
+    shares = z.mean((1, 2)).tolist()
+    z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
+    num_bases, height, width = z.shape
+    colours = [_colour(k) for k in range(num_bases)]
+    figure, (first, *middle, last, bar) = _lay_out(colours, height / width)
+
+    first.imshow(photo.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    first.set_title("photograph")
+    first.set_frame_on(False)
+    last.set_frame_on(False)
+    for ax in (*middle, last):
+        ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    for k, ax in enumerate(middle):
+        heat = ax.imshow(z[k].numpy(), cmap="cividis", vmin=0, vmax=1, alpha=0.7)
+        ax.set_title(f"basis {k} · {shares[k]:.1%}")
+        for spine in ax.spines.values():
+            spine.set(color=colours[k], linewidth=3)
+    figure.colorbar(heat, cax=bar, label="attention z")
+
+    takes_part = z.sum(0) > 0.5  # halfway between a position that does (1) and one that does not (0)
+    assignment = z.argmax(0).where(takes_part, torch.nan)
+    last.imshow(assignment.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=num_bases - 0.5, alpha=0.75)
+    last.set_title("hard assignment")
+    outline = withStroke(linewidth=2, foreground="white")
+    for k in range(num_bases):
+        region = assignment == k
+        if region.any():
+            y, x = _widest_place(region.float())
+            last.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
+    return figure
+
+
+def _photo(image: Any) -> Tensor:
+    """The image as float (H, W, 3) or (H, W, 1), no larger than a panel shows."""
+    import numpy as np
+
+    if isinstance(image, Tensor):
+        photo = image.detach().cpu()
+        fits = photo.dim() == 3 and len(photo) in (1, 3)
+        photo = photo.movedim(0, -1) if fits else photo
+    else:
+        array = np.array(image)
+        if array.dtype != np.uint8 and array.dtype.kind != "f":
+            raise TypeError(f"image must be uint8 or floating point; got {array.dtype}")
+        photo = torch.from_numpy(array)
+        photo = photo[..., None] if photo.dim() == 2 else photo
+        fits = photo.dim() == 3 and photo.shape[2] in (1, 3)
+    if not fits or not photo.numel():
+        raise ValueError(
+            "image must be a tensor (3, H, W) or (1, H, W), or an array (H, W) or (H, W, 3); "
+            f"got {type(image).__name__} {tuple(np.shape(image))}"
+        )
+    if photo.dtype == torch.uint8:
+        photo = photo / 255
+    elif not photo.is_floating_point():
+        raise TypeError(f"image must be uint8 or floating point; got {photo.dtype}")
+    photo = photo.float()
+    _check_from_0_to_1("image", photo)
+    shrink = _LONGEST_SIDE / max(photo.shape[:2])
+    if shrink < 1:
+        size = [max(1, round(shrink * side)) for side in photo.shape[:2]]
+        photo = F.interpolate(photo.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+    return photo.clamp(0, 1)
+
+
+def _check_maps(z: Tensor) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z must be a tensor; got {type(z).__name__}")
+    if not z.is_floating_point():
+        raise TypeError(f"z must be of a floating point dtype; got {z.dtype}")
+    if z.dim() != 3 or not z.numel():
+        raise ValueError(f"z must be (K, H, W), one sample of the maps; got {tuple(z.shape)}")
+    _check_from_0_to_1("z", z)
+
+
+def _check_from_0_to_1(name: str, values: Tensor) -> None:
+    low, high = (value.item() for value in values.aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN does not pass
+        raise ValueError(f"{name} must have values from 0 to 1; got {low:.4g} to {high:.4g}")
+
+
+def _colour(k: int) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    other, amount = _SHADES[k // len(_COLOURS) % len(_SHADES)]
+    red, green, blue = (amount * other + (1 - amount) * part for part in to_rgb(_COLOURS[k % len(_COLOURS)]))
+    return red, green, blue
+
+
+def _lay_out(colours: list[tuple[float, float, float]], aspect: float) -> tuple[Figure, list[Axes]]:
+    """A figure with its legend; and the axes of the photograph, of each map, of the assignment, of the colour bar.
+
+    A grid of cells for panels that are ``aspect`` times as high as wide. All lengths are inches.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    num_bases = len(colours)
+    side = max(1, round(math.sqrt(num_bases) / 2.5))  # the assignment takes side × side cells: K regions need room
+    cells = num_bases + 1 + side**2
+    columns = max(4, math.ceil(math.sqrt(cells)))
+    columns = cells if cells <= 6 else min(columns, columns + 1, key=lambda number: -cells % number)
+    rows = math.ceil(cells / columns)
+    cell_width = max(1.75, 10.4 / columns)  # the longest title is 1.6 wide
+    title, gap, right = 0.3, 0.12, 0.75
+    cell_height = (cell_width - gap) * aspect + gap + title
+    legend_columns = min(num_bases, int(columns * cell_width / 1.1))
+    legend = 0.25 + 0.22 * math.ceil(num_bases / legend_columns)
+    width, height = columns * cell_width + right, rows * cell_height + legend
+    figure = Figure((width, height))
+
+    def axes(row: int, column: int, side: int = 1) -> Axes:
+        left, top = column * cell_width + gap / 2, height - row * cell_height - title
+        size = (side * cell_width - gap, side * cell_height - gap - title)
+        ax = figure.add_axes((left / width, (top - size[1]) / height, size[0] / width, size[1] / height))
+        ax.set(xticks=[], yticks=[], anchor="N")
+        return ax
+
+    corner = (rows - side, columns - side)
+    grid = [divmod(cell, columns) for cell in range(rows * columns)]
+    free = [(row, column) for row, column in grid if row < corner[0] or column < corner[1]]
+    panels = [axes(row, column) for row, column in free[: num_bases + 1]]
+    panels.append(axes(*corner, side))
+    left, bottom = width - right + 0.05, legend + gap
+    panels.append(figure.add_axes((left / width, bottom / height, 0.13 / width, 1 - (title + bottom) / height)))
+    patches = [Patch(color=colour, label=f"basis {k}") for k, colour in enumerate(colours)]
+    figure.legend(handles=patches, loc="lower center", ncols=legend_columns, frameon=False, handlelength=1)
+    return figure, panels
+
+
+def _widest_place(region: Tensor) -> tuple[int, int]:
+    """The position (y, x) of a region (H, W), 1 inside and 0 outside, that has the most of the region around it."""
+    window = max(3, min(region.shape) // 8 | 1)
+    around = F.avg_pool2d(region[None], (window, 1), 1, (window // 2, 0))
+    around = F.avg_pool2d(around, (1, window), 1, (0, window // 2))[0] * region
+    y, x = divmod(int(around.argmax()), region.shape[1])
+    return y, x

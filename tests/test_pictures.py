@@ -1,0 +1,178 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ema_attention.pictures import plot_attention_maps
+
+
+def maps(num_bases: int, height: int = 6, width: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (4 * torch.randn(num_bases, height, width, generator=generator)).softmax(0)
+
+
+def panels(figure):
+    """The axes of the photograph, of the maps, of the assignment, by their titles."""
+    first, *middle, last, _ = figure.axes
+    assert (first.get_title(), last.get_title()) == ("photograph", "hard assignment")
+    return first, middle, last
+
+
+def draw(figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def boxes_overlap(a, b) -> bool:
+    return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
+
+
+@pytest.mark.parametrize("num_bases", [1, 2, 6, 8, 16, 64])
+def test_every_basis_has_a_legible_panel_a_legend_entry_and_a_colour_of_its_own(num_bases):
+    figure = plot_attention_maps(torch.rand(3, 40, 60), maps(num_bases))
+    first, middle, last = panels(figure)
+    figure.canvas.draw()
+    assert len(middle) == num_bases
+
+    texts = [ax.title.get_window_extent() for ax in (first, *middle, last)]
+    boxes = [ax.get_window_extent() for ax in (first, *middle, last)]
+    boxes += [figure.legends[0].get_window_extent(), figure.axes[-1].get_tightbbox()]
+    everything = texts + boxes
+    for i, a in enumerate(everything):
+        assert min(a.x0, a.y0) >= 0
+        assert a.x1 <= figure.bbox.x1
+        assert a.y1 <= figure.bbox.y1
+        assert not any(boxes_overlap(a, b) for b in everything[i + 1 :])
+    assert all(ax.title.get_size() >= 10 for ax in middle)
+
+    frames = [ax.spines["left"].get_edgecolor() for ax in middle]
+    assert len(set(frames)) == num_bases
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"basis {k}" for k in range(num_bases)]
+    assert [patch.get_facecolor() for patch in legend.get_patches()] == frames
+
+
+def test_titles_have_the_share_of_the_image():
+    z = torch.zeros(3, 2, 4)
+    z[0, :, 0] = 1
+    z[2, :, 1:] = 1
+    _, middle, _ = panels(plot_attention_maps(torch.rand(3, 20, 40), z))
+    assert [ax.get_title() for ax in middle] == ["basis 0 · 25.0%", "basis 1 · 0.0%", "basis 2 · 75.0%"]
+
+
+def test_the_colour_bar_goes_from_0_to_1_and_every_map_uses_it():
+    figure = plot_attention_maps(torch.rand(3, 20, 30), maps(3) / 10)
+    assert figure.axes[-1].get_ylim() == (0, 1)
+    for ax in panels(figure)[1]:
+        photo, heat = ax.images
+        assert heat.get_clim() == (0, 1)
+        assert 0 < heat.get_alpha() < 1
+        assert photo.get_array().shape == heat.get_array().shape == (20, 30)
+
+
+def test_the_assignment_is_the_largest_z_with_its_number_inside_the_region():
+    z = maps(5, 4, 4)
+    _, _, last = panels(plot_attention_maps(torch.rand(3, 4, 4), z))
+    assignment = last.images[-1].get_array()
+    assert (assignment == z.argmax(0).numpy()).all()
+    assert {text.get_text() for text in last.texts} == {str(k) for k in z.argmax(0).unique().tolist()}
+    for text in last.texts:
+        x, y = text.get_position()
+        assert assignment[y, x] == int(text.get_text())
+
+
+def test_a_position_that_takes_no_part_has_no_colour():
+    z = maps(3, 4, 4)
+    z[:, :, 2:] = 0
+    _, _, last = panels(plot_attention_maps(torch.rand(3, 4, 4), z))
+    assignment = np.asarray(last.images[-1].get_array().astype(float).filled(np.nan))
+    assert np.isnan(assignment[:, 2:]).all()
+    assert not np.isnan(assignment[:, :2]).any()
+
+
+def test_every_kind_of_image_gives_the_same_picture():
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randint(0, 256, (3, 20, 30), generator=generator, dtype=torch.uint8)
+    array = tensor.permute(1, 2, 0).numpy()
+    z = maps(2)
+    expected = draw(plot_attention_maps(tensor, z))
+    assert expected.std() > 10
+    for image in (array, Image.fromarray(array), array / 255, tensor / 255, (tensor / 255).requires_grad_()):
+        assert np.abs(draw(plot_attention_maps(image, z.requires_grad_())).astype(int) - expected).max() <= 1
+
+
+def test_a_grey_image_is_drawn_grey():
+    grey = torch.linspace(0, 1, 600).view(20, 30)
+    for image in (grey[None], grey.numpy(), (grey * 255).byte().numpy()):
+        first, _, _ = panels(plot_attention_maps(image, maps(2)))
+        (photo,) = first.images
+        assert photo.get_array().shape == (20, 30)
+        assert photo.get_cmap().name == "gray"
+        assert photo.get_clim() == (0, 1)
+
+
+def test_a_large_photograph_is_shrunk_and_keeps_its_shape():
+    first, middle, _ = panels(plot_attention_maps(torch.rand(3, 2000, 1000), maps(2)))
+    assert first.images[0].get_array().shape == (640, 320, 3)
+    assert middle[0].images[-1].get_array().shape == (640, 320)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_maps_of_any_floating_point_dtype(dtype):
+    _, middle, _ = panels(plot_attention_maps(torch.rand(3, 6, 9, dtype=dtype), maps(2).to(dtype)))
+    assert np.allclose(middle[1].images[-1].get_array(), maps(2)[1], atol=1e-2)
+
+
+IMAGE = torch.rand(3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("image", "z", "error", "message"),
+    [
+        (IMAGE, torch.rand(2, 3, 4, 5), ValueError, r"z must be \(K, H, W\), one sample .*; got \(2, 3, 4, 5\)"),
+        (IMAGE, torch.rand(4, 5), ValueError, r"z must be \(K, H, W\), one sample of the maps; got \(4, 5\)"),
+        (IMAGE, torch.rand(0, 4, 5), ValueError, r"z must be \(K, H, W\), one sample of the maps; got \(0, 4, 5\)"),
+        (IMAGE, torch.full((2, 4, 5), -3.0), ValueError, "z must have values from 0 to 1; got -3 to -3"),
+        (IMAGE, torch.full((2, 4, 5), torch.nan), ValueError, "z must have values from 0 to 1; got nan to nan"),
+        (
+            IMAGE,
+            torch.ones(2, 4, 5, dtype=torch.int64),
+            TypeError,
+            "z must be of a floating .*; got torch.int64",
+        ),
+        (IMAGE, np.ones((2, 4, 5)), TypeError, "z must be a tensor; got ndarray"),
+        (IMAGE[None], maps(2), ValueError, r"image must be .*; got Tensor \(1, 3, 20, 30\)"),
+        (IMAGE[0], maps(2), ValueError, r"image must be .*; got Tensor \(20, 30\)"),
+        (IMAGE.permute(1, 2, 0), maps(2), ValueError, r"image must be .*; got Tensor \(20, 30, 3\)"),
+        (IMAGE.numpy(), maps(2), ValueError, r"image must be .*; got ndarray \(3, 20, 30\)"),
+        (np.zeros((20, 30, 4)), maps(2), ValueError, r"image must be .*; got ndarray \(20, 30, 4\)"),
+        (np.zeros((0, 30)), maps(2), ValueError, r"image must be .*; got ndarray \(0, 30\)"),
+        (IMAGE * 255, maps(2), ValueError, r"image must have values from 0 to 1; got .* to 25\d"),
+        (IMAGE.long(), maps(2), TypeError, "image must be uint8 or floating point; got torch.int64"),
+        ("cat.png", maps(2), TypeError, "image must be uint8 or floating point; got <U7"),
+    ],
+)
+def test_mistakes_are_one_sentence(image, z, error, message):
+    with pytest.raises(error, match=message) as caught:
+        plot_attention_maps(image, z)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'needs matplotlib: pip install "ema-attention\[plot\]"'):
+        plot_attention_maps(IMAGE, maps(2))
+
+
+def test_no_global_state_of_pyplot_is_touched():
+    import matplotlib.pyplot
+
+    before = matplotlib.pyplot.get_fignums()
+    plot_attention_maps(IMAGE, maps(2))
+    assert matplotlib.pyplot.get_fignums() == before
