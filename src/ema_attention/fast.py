@@ -77,9 +77,9 @@ class _Stages(torch.autograd.Function):
         history: list[Tensor] = []
         for _ in range(stages):
             z = expectation(x, mu, scale, mask, weight, bias)
-            total, mass = statistics(x, z)
-            mu = maximization(total, mass, mu, weight, bias)
-            history += [mu, z, total]
+            sums = statistics(x, z)
+            mu = maximization(sums, mu, weight, bias)
+            history += [mu, z, sums]
         return tuple(history)
 
     @staticmethod
@@ -97,15 +97,15 @@ class _Stages(torch.autograd.Function):
         grad_mu: Tensor | None = None
         left, right = [], []  # the gradient of x is the sum of left · rightᵀ
         for t in reversed(range(0, len(history), 3)):
-            mu, z, total = history[t : t + 3]
+            mu, z, sums = history[t : t + 3]
             previous = history[t - 3] if t else mu_given
             grad_mu, grad_z = _add(grad_mu, grads[t]), grads[t + 1]
-            # M-step: mu = normalise(W total + b mass), total = x z, mass = Σ z
-            mass = z.sum(1, keepdim=True)
-            _, pull = vjp(maximization, total, mass, previous, *projection)
-            grad_total, grad_mass, grad_previous, *grad_p = pull(torch.zeros_like(mu) if grad_mu is None else grad_mu)
+            # M-step: mu = normalise(W Σ x z + b Σ z)
+            _, pull = vjp(maximization, sums, previous, *projection)
+            grad_sums, grad_previous, *grad_p = pull(torch.zeros_like(mu) if grad_mu is None else grad_mu)
             grad_projection = [a + b for a, b in zip(grad_projection, grad_p, strict=True)]
-            grad_total = grad_total if grads[t + 2] is None else grad_total + grads[t + 2]
+            grad_sums = grad_sums if grads[t + 2] is None else grad_sums + grads[t + 2]
+            grad_total, grad_mass = grad_sums[:, :-1], grad_sums[:, -1:]
             grad_z = _add(x.mT @ grad_total + grad_mass, grad_z)
             # E-step: z = softmax(scale · (xᵀ bases + offset))
             z_grad_z = z * grad_z

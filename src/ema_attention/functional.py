@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch import Tensor
 __all__ = ["EMAttention", "GradientMode", "em_attention"]
 
 GradientMode = Literal["all", "last", "none"]
+Gather: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class EMAttention(NamedTuple):
@@ -93,57 +96,30 @@ def em_attention(
         >>> out.shape, mu.shape, z.shape
         (torch.Size([2, 16, 8, 8]), torch.Size([2, 16, 4]), torch.Size([2, 4, 8, 8]))
     """
-    _check(x, mu, stages, scale, gradient, mask, weight, bias)
-    features = x.flatten(2)  # (B, C, N)
-    positions = None if mask is None else mask.flatten(1)  # (B, N)
-    mu_new, z = expectation_maximization(features, mu, stages, scale, gradient, positions, weight, bias)
-    out = reconstruct(mu_new, z, like=features)
-    return EMAttention(
-        out.unflatten(2, x.shape[2:]),
-        mu_new.to(mu.dtype),
-        z.to(x.dtype).mT.unflatten(2, x.shape[2:]),
-    )
+    check_arguments(x, mu, stages, scale, gradient, mask, weight, bias)
+    return attend(x, mu, stages, scale, gradient, mask, weight, bias)
 
 
-def expectation_maximization(
+def run_stages(
     x: Tensor,
     mu: Tensor,
     stages: int,
-    scale: float = 1.0,
-    gradient: GradientMode = "all",
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    scale: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gather: Gather | None,
 ) -> tuple[Tensor, Tensor]:
-    """The bases (B, C', K) and maps (B, N, K) of x (B, C, N) after ``stages`` stages, float32 or wider."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, mu.dtype), torch.float32)
-    mu = (mu if mu.dim() == 3 else mu[None]).to(dtype).expand(x.shape[0], -1, -1)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    if mask is not None:
-        x = x.masked_fill(~mask[:, None], 0.0)  # NaN · 0 would leak out of a padded position
-    with _without_autocast(x.device):
-        if gradient == "all":
-            return _run(x, mu, stages, scale, mask, weight, bias)
-        constants = [None if p is None else p.detach() for p in (weight, bias)]
-        if gradient == "none":
-            return _run(x.detach(), mu.detach(), stages, scale, mask, *constants)
-        mu = mu.detach()
-        if stages > 1:
-            mu, _ = _run(x.detach(), mu, stages - 1, scale, mask, *constants)
-        return _run(x, mu, 1, scale, mask, weight, bias)
-
-
-def _run(
-    x: Tensor, mu: Tensor, stages: int, scale: float, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    """EM itself: the bases (B, C', K) and maps (B, N, K) after ``stages`` stages on x (B, C, N) from mu (B, C', K)."""
     from ema_attention import fast  # here, because the fast path is built from the steps below
 
-    if fast.differentiates(x, mu, weight, bias):
+    if gather is None and fast.differentiates(x, mu, weight, bias):
         return fast.run_stages(x, mu, stages, scale, mask, weight, bias)
     x = x.to(mu.dtype)
     for _ in range(stages):
         z = expectation(x, mu, scale, mask, weight, bias)
-        mu = maximization(*statistics(x, z), mu, weight, bias)
+        sums = statistics(x, z)
+        mu = maximization(sums if gather is None else gather(sums), mu, weight, bias)
     return mu, z
 
 
@@ -170,18 +146,17 @@ def bases_of_x(mu: Tensor, weight: Tensor | None = None, bias: Tensor | None = N
     return bases, mu.new_zeros(1, 1, 1) if bias is None else bias @ mu.flatten(2)[:, None]
 
 
-def statistics(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """What the M-step needs of the positions: Σ_n x_n z_n (B, C, K) and Σ_n z_n (B, 1, K).
+def statistics(x: Tensor, z: Tensor) -> Tensor:
+    """What the M-step needs of the positions, (B, C + 1, K): Σ_n x_n z_n and, in the last row, Σ_n z_n.
 
-    Both add up over any split of the positions into tiles or ranks.
+    They add up over any split of the positions into tiles or ranks.
     """
-    return x @ z, z.sum(1, keepdim=True)
+    return torch.cat([x @ z, z.sum(1, keepdim=True)], 1)
 
 
-def maximization(
-    total: Tensor, mass: Tensor, mu: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def maximization(sums: Tensor, mu: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """M-step: the unit-norm bases (B, C', K) from the :func:`statistics`; ``mu`` are the bases before it."""
+    total, mass = sums[:, :-1], sums[:, -1:]
     if weight is not None:
         total = weight @ total  # Σ y z = W Σ x z + b Σ z
     if bias is not None:
@@ -202,8 +177,71 @@ def unit_norm(direction: Tensor, fallback: Tensor) -> Tensor:
 def reconstruct(mu: Tensor, z: Tensor, like: Tensor) -> Tensor:
     """The product mu zᵀ (B, C', N) of mu (B, C', K) and z (B, N, K), in the dtype and memory layout of ``like``."""
     mu, z = mu.to(like.dtype), z.to(like.dtype)
-    with _without_autocast(like.device):
+    with without_autocast(like.device):
         return (z @ mu.mT).mT if is_channels_last(like) else mu @ z.mT
+
+
+def attend(
+    x: Tensor,
+    mu: Tensor,
+    stages: int,
+    scale: float,
+    gradient: GradientMode,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gather: Gather | None = None,
+) -> EMAttention:
+    """:func:`em_attention` of checked arguments; ``gather`` completes the statistics of positions held elsewhere."""
+    features = x.flatten(2)  # (B, C, N)
+    positions = None if mask is None else mask.flatten(1)  # (B, N)
+    bases, z = expectation_maximization(features, mu, stages, scale, gradient, positions, weight, bias, gather)
+    return restore(x, mu, bases, z)
+
+
+def restore(x: Tensor, mu: Tensor, bases: Tensor, z: Tensor) -> EMAttention:
+    """The result for x (B, C, *spatial) and mu as they were given, from bases (B, C', K) and maps (B, N, K)."""
+    spatial = x.shape[2:]
+    out = reconstruct(bases, z, like=x.flatten(2)).unflatten(2, spatial)
+    return EMAttention(out, bases.to(mu.dtype), z.to(x.dtype).mT.unflatten(2, spatial))
+
+
+def expectation_maximization(
+    x: Tensor,
+    mu: Tensor,
+    stages: int,
+    scale: float = 1.0,
+    gradient: GradientMode = "all",
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gather: Gather | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The bases (B, C', K) and maps (B, N, K) of x (B, C, N) after ``stages`` stages, float32 or wider."""
+    x, mu, weight, bias = prepare(x, mu, mask, weight, bias)
+    run = partial(run_stages, scale=scale, mask=mask, gather=gather)
+    with without_autocast(x.device):
+        if gradient == "all":
+            return run(x, mu, stages, weight=weight, bias=bias)
+        mu = mu.detach()
+        constant_weight, constant_bias = (None if p is None else p.detach() for p in (weight, bias))
+        if gradient == "none":
+            return run(x.detach(), mu, stages, weight=constant_weight, bias=constant_bias)
+        if stages > 1:
+            mu, _ = run(x.detach(), mu, stages - 1, weight=constant_weight, bias=constant_bias)
+        return run(x, mu, 1, weight=weight, bias=bias)
+
+
+def prepare(
+    x: Tensor, mu: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four in the form that EM runs in: x is 0 where masked, mu (B, C', K), all but x float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mu.dtype), torch.float32)
+    if mask is not None:
+        x = x.masked_fill(~mask[:, None], 0.0)  # NaN · 0 would leak out of a padded position
+    mu = (mu if mu.dim() == 3 else mu[None]).to(dtype).expand(x.shape[0], -1, -1)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    return x, mu, weight, bias
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -216,11 +254,11 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     mu: Tensor,
     stages: int,
@@ -231,8 +269,11 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     check_settings(stages, scale, gradient)
-    if x.dim() < 3:
-        raise ValueError(f"x must be (B, C, *spatial); got {tuple(x.shape)}")
+    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
+    if x.dim() < 3 or x.shape[1] < 1:
+        raise ValueError(f"x must be (B, C, *spatial) with C at least 1; got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
     if bias is not None and weight is None:
         raise ValueError("bias needs a weight to go with; got weight=None")

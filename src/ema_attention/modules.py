@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from ema_attention import fast
 from ema_attention.functional import (
     GradientMode,
+    autocasts,
     check_mask,
     check_settings,
     expectation_maximization,
@@ -36,7 +38,10 @@ class EMAUnit(nn.Module):
     leaves it alone. The new bases are averaged over the samples of the batch, of all ranks where
     torch.distributed is initialised (so every rank holds the same buffer, and every rank has to run the
     forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite
-    counts for nothing.
+    counts for nothing. Where activation checkpointing runs a forward again, it starts from the bases that
+    the unit's last forward started from and moves nothing. (BatchNorm's running statistics move twice. And a
+    unit that runs more than once before a backward is recomputed from its last start only; and one that
+    torch.compile has compiled cannot tell: compile around the checkpoint, and allow graph breaks.)
 
     ``conv1`` is 1×1 and never run as a convolution: its weights are folded into the bases (hooks on
     it do not fire). With ``gradient="none"`` no gradient can reach it, and it is frozen.
@@ -78,6 +83,7 @@ class EMAUnit(nn.Module):
     """
 
     mu: Tensor
+    _mu_before: Tensor  # what the last forward in training mode started from
 
     def __init__(
         self,
@@ -152,14 +158,20 @@ class EMAUnit(nn.Module):
                 f"x must have 3 dimensions or more and {self.channels} channels in dimension {self.channel_dim}; "
                 f"got {tuple(x.shape)}"
             )
+        if x.dtype != self.conv1.weight.dtype and not autocasts(x.device):
+            raise TypeError(f"x must have the dtype of the unit, {self.conv1.weight.dtype}; got {x.dtype}")
         channels_first = x.movedim(self.channel_dim, 1)
         check_mask(mask, channels_first)
         spatial = channels_first.shape[2:]
         features = channels_first.flatten(2)  # (B, C, N)
         positions = None if mask is None else mask.flatten(1)
+        recomputes = self.training and not fast.is_tracing() and ModuleTracker().is_bw  # checkpointing, in a backward
+        mu_before = self._mu_before if recomputes else self.mu.clone()  # the buffer moves below, in place
+        if self.training and not fast.is_tracing():
+            self._mu_before = mu_before
         mu, z = expectation_maximization(
             features,
-            self.mu.clone(),  # the buffer moves below, in place, and autograd needs it as it was
+            mu_before,
             self.stages,
             self.scale,
             self.gradient,
@@ -167,7 +179,7 @@ class EMAUnit(nn.Module):
             self.conv1.weight.flatten(1),
             self.conv1.bias,
         )
-        if self.training:
+        if self.training and not recomputes:
             self._move_bases(mu.detach(), z.detach())
         for maps, name in self.map_collectors:
             maps[name] = z.detach().mT.unflatten(2, spatial)
@@ -204,7 +216,12 @@ class EMAUnit(nn.Module):
         average = total / count.clamp_min(1)
         old = self.mu.to(mu.dtype)
         moved = unit_norm(self.decay * old + (1 - self.decay) * average, fallback=old)
-        self.mu.copy_(torch.where(count > 0, moved, old))
+        moved = torch.where(count > 0, moved, old).to(self.mu.dtype)
+        if torch.compiler.is_compiling():
+            # Not in place: a compiled backward may read the bases again (pytorch/pytorch#197039).
+            self.mu = moved
+        else:
+            self.mu.copy_(moved)
 
     def extra_repr(self) -> str:
         return (

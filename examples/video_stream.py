@@ -1,0 +1,138 @@
+"""EM attention of a video: bases carried from each frame to the next, and the stages that saves.
+
+python -m examples.video_stream FOLDER                every image in it, in the order of their names
+python -m examples.video_stream FOLDER --frames 30 --bases 16
+
+A cold start takes the bases from the frame's own farthest positions; a warm start takes those that the frame
+before came to, after the one stage it was given. Both are then followed for a number of stages through the
+objective that EM climbs. It needs ``pip install "ema-attention[examples]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from ema_attention import em_attention
+from examples.attention_maps import (
+    efficientnet_lite0,
+    extract_features,
+    farthest_positions,
+    read_photo,
+    write_figure,
+)
+
+REACHED = 0.01  # a start has arrived when it lacks this share of what the cold one climbs
+COLD, WARM = "#0072b2", "#d55e00"  # Okabe and Ito's blue and vermilion
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def find_frames(folder: Path, frames: int) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"the folder of frames must exist; got {folder}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)[:frames]
+    if len(paths) < 2:
+        raise ValueError(f"{folder} must hold 2 images or more; got {len(paths)}")
+    return paths
+
+
+def climb(x: Tensor, mu: Tensor, stages: int, scale: float) -> tuple[np.ndarray, Tensor]:
+    """The objective of x (1, C, H, W), in nats a position, at the start and after each stage; and all the bases.
+
+    J(mu) = Σ_n logsumexp_k(scale · x_nᵀ mu_k), for mu (1, C, K).
+    """
+    bases = [mu]
+    for _ in range(stages):
+        bases.append(em_attention(x, bases[-1], 1, scale=scale).mu)
+    logits = scale * x.flatten(2).mT @ torch.cat(bases)  # (stages + 1, N, K)
+    return logits.logsumexp(2).mean(1).numpy(), torch.stack(bases)
+
+
+def stages_to(objectives: np.ndarray, target: float) -> int:
+    """The number of stages after which the objective is at the target; all of them if it never is."""
+    reached = np.flatnonzero(objectives >= target)
+    return int(reached[0]) if len(reached) else len(objectives) - 1
+
+
+@torch.no_grad()
+def follow(paths: list[Path], args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The objectives (frames, stages + 1) of every frame but the first, from a cold and from a warm start."""
+    backbone = efficientnet_lite0("DEFAULT")
+    cold, warm, carried = [], [], None
+    for path in tqdm(paths, unit="frame"):
+        x = F.normalize(extract_features(backbone, read_photo(path, args.size)), dim=1)
+        start = farthest_positions(x, args.bases)[None]
+        if carried is None:
+            carried = climb(x, start, args.stages, args.scale)[1][-1]
+            continue
+        cold.append(climb(x, start, args.stages, args.scale)[0])
+        objectives, bases = climb(x, carried, args.stages, args.scale)
+        warm.append(objectives)
+        carried = bases[1]
+    return np.stack(cold), np.stack(warm)
+
+
+def plot(cold: np.ndarray, warm: np.ndarray, needed: np.ndarray) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    curves, histogram = figure.subplots(1, 2)
+    stages = np.arange(cold.shape[1])
+    reference = cold[:, -1:]
+    for name, objectives, colour, style in (("cold", cold, COLD, "o-"), ("warm", warm, WARM, "s-")):
+        relative = objectives - reference
+        low, median, high = np.percentile(relative, [10, 50, 90], axis=0)
+        curves.plot(stages, median, style, color=colour, markersize=4, label=f"{name} start, median over frames")
+        curves.fill_between(stages, low, high, color=colour, alpha=0.2, linewidth=0, label="10th to 90th percentile")
+    curves.set(xlabel="EM stages", ylabel="objective − the cold start's last (nats / position)")
+    curves.legend(loc="lower right", fontsize="small")
+    bins = np.arange(-0.5, needed.max() + 1.5)
+    histogram.hist(needed[0], bins, color=COLD, alpha=0.7, label="cold start")
+    histogram.hist(needed[1], bins, color=WARM, alpha=0.7, label="warm start", hatch="//", edgecolor="white")
+    histogram.set(xlabel=f"stages to {1 - REACHED:.0%} of the cold start's climb", ylabel="frames")
+    histogram.legend(fontsize="small")
+    return figure
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("stages", "frames"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}")
+    cold, warm = follow(find_frames(args.folder, args.frames), args)
+    targets = cold[:, -1] - REACHED * (cold[:, -1] - cold[:, 0])
+    needed = np.array([[stages_to(row, t) for row, t in zip(rows, targets, strict=True)] for rows in (cold, warm)])
+    print(f"{len(cold)} frames after the first, {args.bases} bases, scale {args.scale}")
+    print(f"stages to {1 - REACHED:.0%} of the cold start's climb: median (10th to 90th percentile), mean")
+    for name, counts in (("cold", needed[0]), ("warm", needed[1]), ("saved", needed[0] - needed[1])):
+        low, median, high = np.percentile(counts, [10, 50, 90])
+        print(f"  {name:6}{median:5.0f}  ({low:.0f} to {high:.0f}){counts.mean():8.1f}")
+    never = int((warm[:, -1] < targets).sum())
+    print(f"  a warm start that does not come there in {args.stages} stages: {never} of {len(warm)} frames")
+    write_figure(plot(cold, warm, needed), args.output)
+    print(f"picture: {args.output}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Bases carried from frame to frame, and the stages that saves.")
+    parser.add_argument("folder", type=Path, help="images, consecutive in the order of their names")
+    parser.add_argument("--frames", type=int, default=1000, help="at most so many (default: %(default)s)")
+    parser.add_argument("--bases", type=int, default=16, help="K (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=10.0, help="sharpness of the E-step (default: %(default)s)")
+    parser.add_argument("--stages", type=int, default=30, help="followed in each frame (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=448, help="pixels of the longer side (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/video_stream.png"), help="the picture (default: %(default)s)"
+    )
+    try:
+        run(parser.parse_args(argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""EM attention of samples that are larger than memory, one tile of positions at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ema_attention.functional import (
+    EMAttention,
+    check_arguments,
+    expectation,
+    maximization,
+    prepare,
+    restore,
+    statistics,
+    without_autocast,
+)
+
+__all__ = ["TiledEMAttention"]
+
+
+class TiledEMAttention:
+    r""":func:`em_attention` where only one tile of the positions is in memory.
+
+    The sums of the M-step add up over positions. So each stage is one pass over the tiles
+    (:meth:`add` each, then :meth:`step`), and a last pass reconstructs them (:meth:`attend` each). The tiles
+    may come from anywhere, in any order, of any sizes and devices, as long as each pass brings every
+    position once. The result equals ``em_attention`` of the tiles put together; nothing is differentiated.
+
+    What is kept between tiles are the bases and the sums, C'×K and C×K numbers in float64 on the CPU:
+    :meth:`state_dict` has all of them, so a run that was stopped can go on from the tile it had come to.
+
+    Args:
+        mu: the bases to start from, (C', K), (1, C', K) or (B, C', K).
+        scale: see :func:`em_attention`, as are ``weight`` and ``bias``.
+        weight: (C', C).
+        bias: (C',).
+
+    Example:
+        >>> tiles = torch.randn(1, 16, 1000).split(100, dim=2)
+        >>> em = TiledEMAttention(torch.nn.functional.normalize(torch.randn(16, 4), dim=0))
+        >>> for stage in range(3):
+        ...     for tile in tiles:
+        ...         em.add(tile)
+        ...     em.step()
+        >>> [em.attend(tile).out.shape for tile in tiles][:2]
+        [torch.Size([1, 16, 100]), torch.Size([1, 16, 100])]
+    """
+
+    def __init__(
+        self, mu: Tensor, *, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        if not mu.is_floating_point():
+            raise TypeError(f"mu must be of a real floating point dtype; got {mu.dtype}")
+        if mu.dim() not in (2, 3):
+            raise ValueError(f"mu must be (C', K), (1, C', K) or (B, C', K); got {tuple(mu.shape)}")
+        self._dtype = mu.dtype
+        self._scale = scale
+        self._weight = None if weight is None else weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._mu = (mu if mu.dim() == 3 else mu[None]).detach().cpu().double()
+        self._mu_before: Tensor | None = None  # the bases that the last stage started from
+        self._sums: Tensor | None = None  # Σ x z above Σ z, (B, C + 1, K), over the stage's tiles so far
+
+    @property
+    def mu(self) -> Tensor:
+        """The bases after the stages so far, (B, C', K)."""
+        return self._mu.to(self._dtype)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        r"""Adds a tile's part to the sums of the stage: x (B, C, \*spatial), mask (B, \*spatial)."""
+        with without_autocast(x.device):
+            sums = statistics(*self._expectation(x, self._mu, mask)).cpu().double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Ends a stage: new bases from the sums of its tiles.
+
+        Raises:
+            ValueError: if no tile was added.
+        """
+        if self._sums is None:
+            raise ValueError("step needs the tiles of a stage; got none since the last step")
+        weight, bias = (None if p is None else p.to(self._mu) for p in (self._weight, self._bias))
+        with without_autocast(self._mu.device):
+            self._mu_before, self._mu = self._mu, maximization(self._sums, self._mu, weight, bias)
+        self._sums = None
+
+    @torch.no_grad()
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> EMAttention:
+        r"""The tile's part of the result, ``(out, mu, z)`` as :func:`em_attention` gives it.
+
+        Raises:
+            ValueError: before the first stage has ended.
+        """
+        if self._mu_before is None:
+            raise ValueError("attend needs a stage to have ended; got no step yet")
+        with without_autocast(x.device):
+            _, z = self._expectation(x, self._mu_before, mask)
+        return restore(x, self.mu, self._mu.to(z).expand(len(x), -1, -1), z)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The state between two calls, for ``torch.save``."""
+        return {"mu": self._mu, "mu_before": self._mu_before, "sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor | None]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        mu = state_dict["mu"]
+        expected = self._mu.shape[-2:]
+        if mu is None or mu.shape[-2:] != expected:
+            got = None if mu is None else tuple(mu.shape)
+            raise ValueError(f"state_dict must hold bases of {tuple(expected)}; got {got}")
+        self._mu, self._mu_before, self._sums = mu, state_dict["mu_before"], state_dict["sums"]
+
+    def _expectation(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The tile as (B, C, N), float32 or wider, and its maps (B, N, K) for the bases mu."""
+        mu = mu.to(x.device, torch.promote_types(self._dtype, torch.float32))
+        weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
+        check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
+        positions = None if mask is None else mask.flatten(1)  # (B, N)
+        features, mu, weight, bias = prepare(x.flatten(2), mu, positions, weight, bias)
+        features = features.to(mu.dtype)
+        return features, expectation(features, mu, self._scale, positions, weight, bias)

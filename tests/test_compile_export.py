@@ -1,0 +1,205 @@
+"""torch.compile, torch.export, ONNX and torch.func: one graph, any batch and size, the eager result."""
+
+import io
+from collections.abc import Callable
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.func import functional_call, grad, jacrev, vmap
+
+from ema_attention import EMAUnit, em_attention
+
+SIZES = [(2, 6, 7), (3, 9, 5), (4, 4, 11), (2, 12, 12)]
+
+
+def counting_backend(graphs: list[torch.fx.GraphModule]) -> Callable[..., object]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def unit_and_reference(**options: object) -> tuple[EMAUnit, EMAUnit]:
+    torch.manual_seed(0)
+    unit = EMAUnit(8, num_bases=4, **options)
+    reference = EMAUnit(8, num_bases=4, **options)
+    reference.load_state_dict(unit.state_dict())
+    return unit, reference
+
+
+@pytest.mark.parametrize("gradient", ["all", "last", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_into_one_graph_for_every_batch_and_size(training: bool, gradient: str) -> None:
+    unit, reference = (u.train(training) for u in unit_and_reference(gradient=gradient))
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend=counting_backend(graphs))
+    for batch, height, width in SIZES:
+        x = torch.randn(batch, 8, height, width)
+        inputs = x.clone().requires_grad_(training), x.clone().requires_grad_(training)
+        y, expected = compiled(inputs[0]), reference(inputs[1])
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unit.mu, reference.mu, rtol=1e-4, atol=1e-5)
+        if training:
+            y.pow(2).sum().backward()
+            expected.pow(2).sum().backward()
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_compiles_channels_last_tokens_and_masks() -> None:
+    for options, x in (
+        ({}, torch.randn(2, 8, 6, 7).to(memory_format=torch.channels_last)),
+        ({"channel_dim": -1, "final_relu": False}, torch.randn(2, 9, 8)),
+    ):
+        unit, reference = (u.eval() for u in unit_and_reference(**options))
+        mask = torch.rand(x.shape[0], *(x.shape[2:] if unit.channel_dim == 1 else x.shape[1:-1])) < 0.7
+        compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="eager")
+        torch.testing.assert_close(compiled(x, mask), reference(x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["all", "last", "none"])
+def test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd(gradient: str) -> None:
+    """As Inductor would: the partitioner computes some values again in backward, when the bases have moved."""
+    unit, reference = unit_and_reference(gradient=gradient)
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
+    for i, (batch, height, width) in enumerate(SIZES):
+        x = torch.randn(batch, 8, height, width)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            compiled(a).pow(2).sum().backward()
+        reference(b).pow(2).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(unit.mu, reference.mu, rtol=1e-4, atol=1e-5)
+    trained = [name for name, p in unit.named_parameters() if p.requires_grad]
+    for name in trained:
+        actual, expected = unit.get_parameter(name).grad, reference.get_parameter(name).grad
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_default_compiler_infers() -> None:
+    """Inductor, the whole way to machine code, once: it takes half a minute."""
+    unit, reference = (u.eval() for u in unit_and_reference())
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True)
+    for i, (batch, height, width) in enumerate(SIZES):
+        x = torch.randn(batch, 8, height, width)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            y = compiled(x)
+        torch.testing.assert_close(y, reference(x), rtol=1e-4, atol=1e-5)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.unit = EMAUnit(8, num_bases=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit(self.conv(x))
+
+
+DYNAMIC = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+
+
+def test_exports_with_dynamic_batch_and_size() -> None:
+    model = Network().eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 17, 19),), dynamic_shapes=(DYNAMIC,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch, height, width in [(2, 17, 19), (1, 33, 18), (5, 16, 40)]:
+        x = torch.randn(batch, 3, height, width)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_onnx_runs_any_batch_and_size() -> None:
+    model = Network().eval()
+    program = torch.onnx.export(
+        model, (torch.randn(2, 3, 17, 19),), dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False
+    )
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    for batch, height, width in [(2, 17, 19), (1, 33, 18), (5, 16, 40)]:
+        x = torch.randn(batch, 3, height, width)
+        (y,) = session.run(None, {name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["all", "last", "none"])
+def test_vmap_over_samples_equals_the_batch(gradient: str) -> None:
+    x, mu = torch.randn(5, 8, 6, 7), F.normalize(torch.randn(8, 4), dim=0)
+    weight, bias = torch.randn(8, 8), torch.randn(8)
+    mask = torch.rand(5, 6, 7) < 0.7
+
+    def one(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        results = em_attention(x[None], mu, 3, mask=mask[None], weight=weight, bias=bias, gradient=gradient)
+        return tuple(result[0] for result in results)
+
+    expected = em_attention(x, mu, 3, mask=mask, weight=weight, bias=bias, gradient=gradient)
+    for actual, wanted in zip(vmap(one)(x, mask), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["all", "last"])
+def test_per_sample_gradients(gradient: str) -> None:
+    x = torch.randn(4, 8, 20, dtype=torch.float64)
+    parameters = {
+        "mu": F.normalize(torch.randn(8, 4, dtype=torch.float64), dim=0),
+        "weight": torch.randn(8, 8, dtype=torch.float64),
+    }
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        mu, weight = parameters["mu"], parameters["weight"]
+        return em_attention(sample[None], mu, 3, weight=weight, gradient=gradient).out.pow(2).sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for b in range(len(x)):
+        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+        loss(leaves, x[b]).backward()
+        for name, leaf in leaves.items():
+            expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            torch.testing.assert_close(per_sample[name][b], expected)
+
+
+def test_jacobian() -> None:
+    x, mu = torch.randn(1, 3, 5, dtype=torch.float64), F.normalize(torch.randn(3, 2, dtype=torch.float64), dim=0)
+
+    def out(x: Tensor) -> Tensor:
+        return em_attention(x, mu, 2).out
+
+    torch.testing.assert_close(jacrev(out)(x), torch.autograd.functional.jacobian(out, x))
+
+
+def test_functional_call() -> None:
+    unit, other = EMAUnit(8, num_bases=4).eval(), EMAUnit(8, num_bases=4).eval()
+    x = torch.randn(2, 8, 6, 7)
+    torch.testing.assert_close(functional_call(unit, other.state_dict(), (x,)), other(x))
+    train, moved = EMAUnit(8, num_bases=4), {name: t.clone() for name, t in other.state_dict().items()}
+    before = train.mu.clone()
+    functional_call(train, moved, (x,))
+    assert torch.equal(train.mu, before)  # the bases that were passed moved, not the unit's own
+    assert not torch.equal(moved["mu"], other.mu)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gradient", ["all", "none"])
+def test_the_default_compiler_trains_on_cuda(gradient: str) -> None:
+    unit, reference = (u.cuda() for u in unit_and_reference(gradient=gradient))
+    x = torch.randn(2, 8, 16, 16, device="cuda")
+    y, expected = torch.compile(unit, fullgraph=True, dynamic=True)(x), reference(x)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(unit.mu, reference.mu, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,269 @@
+"""Several ranks: gloo processes on one machine, the truth being one process that sees everything."""
+
+import contextlib
+import io
+import multiprocessing
+import re
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_attention import EMAUnit, em_attention
+from ema_attention.sharded import sharded_em_attention
+from examples import sharded_attention
+
+CONTEXT = multiprocessing.get_context("forkserver")  # one process imports torch, and every rank is a fork of it
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "ema_attention"])
+
+
+def run_on_ranks(function: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
+    """What ``function`` returns on each of ``ranks`` gloo processes."""
+    processes = [CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    failures = [result["failure"] for result in results if "failure" in result]
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return [result["value"] for result in results]
+
+
+def _rank(function: Callable[[], Any], rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= ranks else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
+        result = {"value": function()}
+    except Exception:
+        result = {"failure": f"rank {rank}: {traceback.format_exc()}"}
+    torch.save(result, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor], rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# One sample over many ranks.
+
+GRADIENTS = ("all", "last", "none")
+
+
+def sharded_problem() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": normal(2, 5, 7, 4),
+        "mu": F.normalize(normal(6, 3), dim=0),
+        "weight": normal(6, 5),
+        "bias": normal(6),
+        "mask": normal(2, 7, 4) > -1,
+        "cotangent": normal(2, 6, 7, 4),
+    }
+
+
+def attend(function: Callable[..., Any], p: dict[str, Tensor], gradient: str) -> list[Tensor]:
+    """Outputs, and the gradients of a loss, of each input that has one."""
+    inputs = {name: p[name].clone().requires_grad_() for name in ("x", "mu", "weight", "bias")}
+    out, mu, z = function(**inputs, stages=3, scale=2.0, mask=p["mask"], gradient=gradient)
+    results = [out, mu, z]
+    if out.requires_grad:
+        loss = (out * p["cotangent"]).sum() + (z**2).sum()
+        results += torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return [result.detach() for result in results]
+
+
+def attend_sharded() -> list[list[Tensor]]:
+    rank, rows = dist.get_rank(), [3, 0, 3, 1][: dist.get_world_size()]  # rank 1 has no position at all
+    rows[-1] = 7 - sum(rows[:-1])
+    p = sharded_problem()
+    for name in ("x", "mask", "cotangent"):
+        p[name] = p[name].split(rows, dim=p[name].dim() - 2)[rank]
+    return [attend(sharded_em_attention, p, gradient) for gradient in GRADIENTS]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_attention_is_exact(ranks: int, tmp_path: Path) -> None:
+    by_rank = run_on_ranks(attend_sharded, ranks, tmp_path)
+    for mode, gradient in enumerate(GRADIENTS):
+        shards = list(zip(*(results[mode] for results in by_rank), strict=True))  # by result, then by rank
+        expected = attend(em_attention, sharded_problem(), gradient)
+        assert len(shards) == len(expected)
+        out, mu, z, *gradients = shards
+        assert_all_close([torch.cat(out, 2), *mu, torch.cat(z, 2)], [expected[0], *[expected[1]] * ranks, expected[2]])
+        if gradients:
+            of_x, *of_parameters = gradients
+            assert_all_close([torch.cat(of_x, 2), *map(sum, of_parameters)], expected[3:])
+
+
+def count_communication() -> list[int]:
+    """Numbers this rank put into all-reduces, for two sizes, forward and then with backward."""
+    counts = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts[-1] += tensor.numel()
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    for positions in (10, 1000):
+        x, mu = torch.randn(2, 8, positions, requires_grad=True), F.normalize(torch.randn(8, 4), dim=0)
+        counts.append(0)
+        out = sharded_em_attention(x, mu, 3).out
+        counts.append(0)
+        out.sum().backward()
+    dist.all_reduce = all_reduce
+    return counts
+
+
+def test_a_stage_communicates_k_times_c_plus_1_numbers_a_sample(tmp_path: Path) -> None:
+    stages, samples, channels, bases = 3, 2, 8, 4
+    numbers = stages * samples * bases * (channels + 1)
+    for counts in run_on_ranks(count_communication, 2, tmp_path):
+        assert counts == [numbers] * 4
+
+
+def run_the_example() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        sharded_attention.run(channels=8, height=9, width=16, bases=4, stages=3)
+    return text.getvalue()
+
+
+def test_the_example_prints_the_communication_beside_that_of_ring_attention(tmp_path: Path) -> None:
+    text, nothing = run_on_ranks(run_the_example, 2, tmp_path)
+    assert nothing == ""
+    differences = [float(number) for number in re.findall(r"\d\.\de[-+]\d+", text)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    assert f"3 forward, 3 backward, of {4 * (8 + 1) * 4} bytes" in text
+    keys_and_values, sums = 2 * 9 * 16 * 8 * 4 / 2, 3 * 4 * (8 + 1) * 4
+    assert f"{keys_and_values / sums:9.0f}x" in text
+
+
+def test_sharded_attention_needs_a_process_group() -> None:
+    with pytest.raises(ValueError, match=r"needs torch\.distributed; got no initialised process group"):
+        sharded_em_attention(torch.ones(1, 4, 5), torch.ones(4, 2), 1)
+
+
+# One batch over many ranks.
+
+SHARES = {"equal": [2, 2], "unequal": [3, 1], "a rank with none": [4, 0]}
+
+
+def small_unit() -> EMAUnit:
+    torch.manual_seed(2)
+    return EMAUnit(
+        6, num_bases=4, gradient="all", norm_layer=nn.Identity
+    ).double()  # no batch statistics of a rank's own
+
+
+def steps(unit: EMAUnit, model: nn.Module, batches: list[Tensor], scale: float, accumulate: bool = False) -> None:
+    """One optimizer step a batch, or one for all of them, on ``scale`` times the sum over samples of a loss."""
+    optimizer = torch.optim.SGD(unit.parameters(), lr=0.1)
+    for i, x in enumerate(batches, 1):
+        last = not accumulate or i == len(batches)
+        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            (scale * model(x).pow(2).mean((1, 2)).sum()).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def state(unit: EMAUnit) -> dict[str, Tensor]:
+    tensors = unit.state_dict()
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def batches() -> Tensor:
+    return torch.randn(3, 4, 6, 25, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def train_ddp() -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for name, shares in SHARES.items():
+        unit = small_unit()
+        mine = [x.split(shares)[dist.get_rank()] for x in batches()]
+        steps(unit, DistributedDataParallel(unit), mine, scale=dist.get_world_size() / 4, accumulate=name == "equal")
+        results[name] = state(unit)
+    return results
+
+
+def train_fsdp() -> dict[str, dict[str, Tensor]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    results = {}
+    for name, shares in SHARES.items():
+        unit = small_unit()
+        fully_shard(unit, mesh=mesh)
+        mine = [x.split(shares)[dist.get_rank()] for x in batches()]
+        steps(unit, unit, mine, scale=dist.get_world_size() / 4, accumulate=name == "equal")
+        results[name] = state(unit)
+    return results
+
+
+@pytest.mark.parametrize("train", [train_ddp, train_fsdp])
+def test_data_parallel_training_equals_one_process(
+    train: Callable[[], dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    by_rank = run_on_ranks(train, 2, tmp_path)
+    for name in SHARES:
+        alone = small_unit()
+        steps(alone, alone, list(batches()), scale=1 / 4, accumulate=name == "equal")
+        for rank in by_rank:
+            assert_all_close(list(rank[name].values()), list(state(alone).values()))
+
+
+def move_bases_with_a_nan() -> list[Tensor]:
+    moved = []
+    for spoilt in ([1], [0, 1]):
+        unit = small_unit()
+        x = batches()[0].split(2)[dist.get_rank()].clone()
+        if dist.get_rank() in spoilt:
+            x[0, 0, 0] = float("nan")
+        unit(x)
+        moved.append(unit.mu)
+    return moved
+
+
+def test_a_rank_that_is_not_finite_spoils_nobodys_bases(tmp_path: Path) -> None:
+    untouched, without_it = small_unit(), small_unit()
+    without_it(batches()[0][:2])
+    assert not torch.equal(without_it.mu, untouched.mu)
+    for one, both in run_on_ranks(move_bases_with_a_nan, 2, tmp_path):
+        torch.testing.assert_close(one, without_it.mu)
+        assert torch.equal(both, untouched.mu)
+
+
+def two_gpus_over_nccl() -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(EMAUnit(6, num_bases=4, gradient="all")).cuda(rank)
+    x = batches()[0].float().split([3, 1])[rank].cuda(rank)
+    DistributedDataParallel(unit, device_ids=[rank])(x).sum().backward()
+    return {name: t.cpu() for name, t in unit.state_dict().items()}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl_ranks_hold_the_same_state(tmp_path: Path) -> None:
+    one, other = run_on_ranks(two_gpus_over_nccl, 2, tmp_path)
+    assert_all_close(list(one.values()), list(other.values()), rtol=0, atol=0)

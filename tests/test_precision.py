@@ -1,0 +1,159 @@
+"""Low precision: finite wherever the input is, and no worse than twice the plain implementation, against float64."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ema_attention import EMAUnit, em_attention
+
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+LOW = (torch.float16, torch.bfloat16)
+
+
+class PlainUnit(nn.Module):
+    """The unit as the paper writes it, in whatever precision it is run: the error that is to be expected."""
+
+    def __init__(self, unit: EMAUnit) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = unit.conv1, unit.conv2
+        self.mu, self.stages = unit.mu, unit.stages
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x).flatten(2)
+        mu = self.mu.expand(len(x), -1, -1)
+        for _ in range(self.stages):
+            z = torch.softmax(y.mT @ mu, -1)
+            mu = F.normalize(y @ (z / (1e-6 + z.sum(1, keepdim=True))), dim=1)
+        y = F.relu(mu @ z.mT).unflatten(2, x.shape[2:])
+        return F.relu(self.conv2(y) + x)
+
+
+def plain_attention(x: Tensor, mu: Tensor, stages: int) -> tuple[Tensor, Tensor, Tensor]:
+    for _ in range(stages):
+        z = torch.softmax(x.mT @ mu, -1)
+        mu = F.normalize(x @ (z / (1e-6 + z.sum(1, keepdim=True))), dim=1)
+    return mu @ z.mT, mu, z.mT
+
+
+def clusters(batch: int, channels: int, bases: int, positions: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Features with something to find, |x| up to about ``scale``, and bases to start from, in float64."""
+    centres = F.normalize(torch.randn(channels, bases, dtype=torch.float64), dim=0)
+    of = torch.randint(bases, (batch, positions))
+    x = centres[:, of].movedim(0, 1) + 0.3 * torch.randn(batch, channels, positions, dtype=torch.float64)
+    x = x / x.abs().max() * scale
+    return x, F.normalize(centres + 0.3 * torch.randn_like(centres), dim=0)[None].expand(batch, -1, -1)
+
+
+def worst(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).abs().max().item()
+
+
+def typical(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_function_is_within_twice_the_plain_error(dtype: torch.dtype, scale: float, device: str) -> None:
+    x, mu = (t.to(device, dtype) for t in clusters(2, 32, 8, 1000, scale))
+    expected = em_attention(x.double(), mu.double(), 3)  # from the same rounded input: what is left is arithmetic
+    plain = plain_attention(x, mu, 3)
+    for actual, wanted, allowed in zip(em_attention(x, mu, 3), expected, plain, strict=True):
+        assert actual.dtype == dtype
+        assert typical(actual, wanted) <= 2 * typical(allowed, wanted)
+        assert worst(actual, wanted) <= 2 * worst(allowed, wanted)
+
+
+def unit_like_a_trained_one() -> EMAUnit:
+    unit = EMAUnit(32, num_bases=8)
+    with torch.no_grad():
+        unit.conv1.weight.copy_(torch.eye(32)[..., None, None] + 0.05 * torch.randn(32, 32, 1, 1))
+    return unit
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("training", [True, False])
+def test_unit_is_within_twice_the_plain_error(training: bool, dtype: torch.dtype, autocast: bool, device: str) -> None:
+    unit = unit_like_a_trained_one().to(device)
+    x, mu = (t.to(device, dtype) for t in clusters(2, 32, 8, 900, 5.0))
+    unit.mu.copy_(mu[:1])
+    unit = unit if autocast else unit.to(dtype)
+    truth = EMAUnit(32, num_bases=8).to(device).double()
+    truth.load_state_dict(unit.state_dict())
+    plain = PlainUnit(unit).train(training)
+    unit.train(training)
+    truth.train(training)
+    x = x.unflatten(2, (30, 30))
+    x = x.float() if autocast else x
+    bases = unit.mu.clone()
+    with torch.autocast(device, dtype) if autocast else nullcontext():
+        allowed = plain(x)
+        actual = unit(x)
+    expected = truth(x.double())
+    assert actual.dtype == x.dtype
+    assert typical(actual, expected) <= 2 * typical(allowed, expected)
+    assert worst(actual, expected) <= 2 * worst(allowed, expected)
+    if training:
+        assert not torch.equal(unit.mu, bases)
+        torch.testing.assert_close(unit.mu.double(), truth.mu, rtol=0, atol=2e-2 if dtype is torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
+@pytest.mark.parametrize("projected", [True, False])
+def test_finite_for_large_values_and_many_positions(projected: bool, dtype: torch.dtype, device: str) -> None:
+    """|x| up to 1e3 and 10⁵ positions all alike, where a float16 sum of either would overflow."""
+    x = 1e3 * torch.ones(1, 8, 100_000, dtype=dtype, device=device)
+    x[:, ::2] *= -1
+    mu = F.normalize(torch.randn(8, 4), dim=0).to(device, dtype)
+    weight = torch.randn(8, 8, device=device).to(dtype) if projected else None
+    results = em_attention(x, mu, 3, weight=weight)
+    for result in results:
+        assert result.isfinite().all()
+    # Finite is not enough: bases whose sums overflowed would have stayed where they were.
+    expected = em_attention(x[..., :1].double(), mu.double(), 3, weight=None if weight is None else weight.double())
+    torch.testing.assert_close(results.out.double(), expected.out.expand_as(results.out), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", LOW)
+def test_unit_is_finite_for_large_values_and_many_positions(dtype: torch.dtype, autocast: bool, device: str) -> None:
+    unit = EMAUnit(8, num_bases=4, gradient="all").to(device)
+    x = torch.empty(1, 8, 250, 400, device=device).uniform_(-1e3, 1e3)
+    unit, x = (unit, x) if autocast else (unit.to(dtype), x.to(dtype))
+    x.requires_grad_()
+    with torch.autocast(device, dtype) if autocast else nullcontext():
+        y = unit(x)
+    y.float().mean().backward()
+    assert y.isfinite().all()
+    assert unit.mu.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_float64_is_computed_in_float64() -> None:
+    x, mu = clusters(2, 16, 4, 200, 3.0)
+    expected = plain_attention(x, mu, 3)
+    for actual, wanted in zip(em_attention(x, mu, 3), expected, strict=True):
+        assert worst(actual, wanted) < 1e-9  # the plain form's 1e-6 in a column sum of some 50
+    unit = EMAUnit(16, num_bases=4).double()
+    assert unit(x.float().double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", LOW)
+def test_autocast_changes_no_bit_of_the_function(dtype: torch.dtype, device: str) -> None:
+    x, mu = (t.to(device, torch.float32) for t in clusters(2, 16, 4, 200, 3.0))
+    weight = torch.randn(16, 16, device=device)
+    expected = em_attention(x, mu, 3, weight=weight)
+    with torch.autocast(device, dtype):
+        actual = em_attention(x, mu, 3, weight=weight)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,82 @@
+"""Bases carried from frame to frame: a warm start on a moving sequence needs fewer stages than a cold one."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ema_attention import em_attention
+from examples import video_stream
+
+SCALE = 5.0
+
+
+def moving_sequence(frames: int, channels: int = 16, size: int = 24) -> Tensor:
+    """A camera that pans over a scene of five materials, with noise anew in every frame: (frames, C, H, W)."""
+    materials = F.normalize(torch.randn(channels, 5), dim=0)
+    regions = F.interpolate(torch.randn(1, 5, 6, 12), (size, 3 * size), mode="bicubic").argmax(1)[0]
+    scene = materials[:, regions]
+    return torch.stack([scene[:, :, i : i + size] + 0.1 * torch.randn(channels, size, size) for i in range(frames)])
+
+
+def objective(x: Tensor, mu: Tensor) -> float:
+    """The function that EM climbs, J(mu) = Σ_n logsumexp_k(scale · x_nᵀ mu_k), a position."""
+    return (SCALE * x.flatten(1).mT @ mu).logsumexp(1).mean().item()
+
+
+def climb(x: Tensor, mu: Tensor, stages: int) -> tuple[list[float], Tensor]:
+    """The objective before the first stage and after each, and the bases they end at (1, C, K)."""
+    objectives = [objective(x, mu.squeeze(0))]
+    for _ in range(stages):
+        mu = em_attention(x[None], mu, 1, scale=SCALE).mu
+        objectives.append(objective(x, mu[0]))
+    return objectives, mu
+
+
+def test_stages_may_be_taken_one_by_one() -> None:
+    (x,) = moving_sequence(1)
+    mu = F.normalize(torch.randn(16, 5), dim=0)
+    torch.testing.assert_close(climb(x, mu, 4)[1], em_attention(x[None], mu, 4, scale=SCALE).mu)
+
+
+def test_a_warm_start_begins_where_a_cold_one_needs_stages_to_come_to() -> None:
+    first, *frames = moving_sequence(12)
+    cold = F.normalize(torch.randn(16, 5), dim=0)
+    warm = climb(first, cold, 20)[1]
+    saved = []
+    for x in frames:
+        cold_objectives, _ = climb(x, cold, 20)
+        warm_objectives, warm = climb(x, warm, 1)
+        for before, after in itertools.pairwise(cold_objectives):
+            assert after >= before - 1e-5
+        saved.append(next((t for t, j in enumerate(cold_objectives) if j >= warm_objectives[1]), 20) - 1)
+    assert min(saved) >= 2, saved
+
+
+def test_the_example_on_a_panning_camera(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = skimage.data.chelsea()
+    for i in range(4):
+        Image.fromarray(photo[:, 8 * i : 8 * i + 300]).save(tmp_path / f"{i}.png")
+    output = tmp_path / "picture.png"
+    video_stream.main([str(tmp_path), "--size", "128", "--bases", "6", "--output", str(output)])
+    text = capsys.readouterr().out
+    cold, warm = (float(re.search(rf"  {name} .* (\S+)\n", text)[1]) for name in ("cold", "warm"))
+    assert warm < cold
+    with Image.open(output) as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "must exist"), (".", "must hold 2 images or more; got 0")])
+def test_the_example_says_what_is_wrong_in_a_sentence(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        video_stream.main([str(tmp_path / name)])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
