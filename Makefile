@@ -2,18 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-FLOOR_TESTS = em_attention ema_unit fast gradients maps
+FLOOR_TESTS = em_attention ema_unit fast gradients maps precision tiled bad_input
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test test-floor check format build clean
+.PHONY: help demo test test-floor fuzz bench bench-quick report check format build clean
 
 help:
-	@echo "make demo    attention maps of a photograph, and an EMANet forward on it"
-	@echo "make test    all tests"
-	@echo "make test-floor  the library's tests with the oldest PyTorch it admits"
-	@echo "make check   formatting, lint, types"
-	@echo "make format  put the formatting right"
-	@echo "make build   wheel and sdist into dist/"
+	@echo "make demo         attention maps of a photograph, and an EMANet forward on it"
+	@echo "make test         all tests"
+	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
+	@echo "make fuzz         10,000 random inputs"
+	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
+	@echo "make report       costs, memory, growth and targets as a page with pictures (15 minutes)"
+	@echo "make check        formatting, lint, types"
+	@echo "make format       put the formatting right"
+	@echo "make build        wheel and sdist into dist/"
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -43,6 +46,20 @@ $(VENV)-floor/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" numpy hypothesis pytest
 	@touch $@
+
+fuzz: $(INSTALLED)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_bad_input.py -k no_input
+
+BENCH = $(BIN)/python -m pytest benchmarks/bench_blocks.py -v --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+bench: $(INSTALLED)
+	$(BENCH) --benchmark-autosave
+
+bench-quick: $(INSTALLED)
+	$(BENCH) --quick
+
+report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.report
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

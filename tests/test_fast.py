@@ -191,16 +191,15 @@ def test_memory_held_from_forward_to_backward(gradient: str, limit: float) -> No
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_arithmetic_of_an_eval_forward(device: str) -> None:
-    """C²N + (2T+1)NCK for the unit with its projection folded, and 2T·C²K that do not grow with N."""
+    """C²N + (2T+1)NCK for the unit with its projection folded, and 2T·C(C+1)K that do not grow with N."""
     channels, bases, stages, size = 64, 16, 3, 30
     unit = EMAUnit(channels, bases, stages).eval().to(device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unit(torch.randn(1, channels, size, size, device=device))
     positions = size * size
     per_position = positions * channels * (channels + (2 * stages + 1) * bases)
-    fixed = 2 * stages * channels * channels * bases
-    offsets = stages * channels * bases  # counted or not, depending on PyTorch's version
-    assert counter.get_total_flops() in (2 * (per_position + fixed), 2 * (per_position + fixed + offsets))
+    fixed = 2 * stages * channels * (channels + 1) * bases
+    assert counter.get_total_flops() == 2 * (per_position + fixed)
 
 
 def test_deepcopy_shares_nothing() -> None:

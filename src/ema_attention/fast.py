@@ -18,17 +18,18 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vjp as _vjp
 
 from ema_attention.functional import (
     autocasts,
-    bases_of_x,
     expectation,
     is_channels_last,
     maximization,
     reconstruct,
     statistics,
+    unit_norm,
 )
 
 vjp: Any = _vjp  # its annotation has room for an auxiliary output that is not asked for here
@@ -47,15 +48,15 @@ def is_tracing() -> bool:
 
 
 def run_stages(
-    x: Tensor, mu: Tensor, stages: int, scale: float, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, mu: Tensor, stages: int, scale: float, mask: Tensor | None, projection: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """EM's ``stages`` from bases mu (B, C', K) on x (B, C, N), with one product for the gradient of x."""
-    *_, mu, z, _ = _Stages.apply(x, mu, stages, scale, mask, weight, bias)
+    *_, mu, z, _ = _Stages.apply(x, mu, stages, scale, mask, projection)
     return mu, z
 
 
 class _Stages(torch.autograd.Function):
-    """EM whose backward keeps x, the bases and the maps, and gathers the gradient of x in one product.
+    """EM whose backward keeps x, the bases and the maps, and gathers each gradient in one product.
 
     The bases, maps and sums of every stage are outputs, not hidden state: so backward is an ordinary
     differentiable function of saved inputs and outputs, and second derivatives come out right.
@@ -65,67 +66,86 @@ class _Stages(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor,
-        mu: Tensor,
-        stages: int,
-        scale: float,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        x: Tensor, mu: Tensor, stages: int, scale: float, mask: Tensor | None, projection: Tensor | None
     ) -> tuple[Tensor, ...]:
         x = x.to(mu.dtype)
         history: list[Tensor] = []
         for _ in range(stages):
-            z = expectation(x, mu, scale, mask, weight, bias)
+            z = expectation(x, mu, scale, mask, projection)
             sums = statistics(x, z)
-            mu = maximization(sums, mu, weight, bias)
+            mu = maximization(sums, mu, projection)
             history += [mu, z, sums]
         return tuple(history)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mu, _, ctx.scale, _, weight, bias = inputs
+        x, mu, _, ctx.scale, _, projection = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mu, weight, bias, *output)
+        ctx.save_for_backward(x, mu, projection, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_given, mu_given, weight, bias, *history = ctx.saved_tensors
+        x_given, mu_given, projection, *history = ctx.saved_tensors
         x = x_given.to(mu_given.dtype)
-        projection = tuple(p for p in (weight, bias) if p is not None)
-        grad_projection = [torch.zeros_like(p) for p in projection]
-        grad_mu: Tensor | None = None
-        left, right = [], []  # the gradient of x is the sum of left · rightᵀ
+        grad_mu = torch.zeros_like(mu_given)
+        of_x: list[tuple[Tensor, Tensor]] = []  # the gradient of x is the sum of left · rightᵀ
+        of_projection: list[tuple[Tensor, Tensor]] = []  # and so is the projection's
         for t in reversed(range(0, len(history), 3)):
-            mu, z, sums = history[t : t + 3]
+            _, z, sums = history[t : t + 3]
             previous = history[t - 3] if t else mu_given
-            grad_mu, grad_z = _add(grad_mu, grads[t]), grads[t + 1]
-            # M-step: mu = normalise(W Σ x z + b Σ z)
-            _, pull = vjp(maximization, sums, previous, *projection)
-            grad_sums, grad_previous, *grad_p = pull(torch.zeros_like(mu) if grad_mu is None else grad_mu)
-            grad_projection = [a + b for a, b in zip(grad_projection, grad_p, strict=True)]
-            grad_sums = grad_sums if grads[t + 2] is None else grad_sums + grads[t + 2]
-            grad_total, grad_mass = grad_sums[:, :-1], grad_sums[:, -1:]
-            grad_z = _add(x.mT @ grad_total + grad_mass, grad_z)
-            # E-step: z = softmax(scale · (xᵀ bases + offset))
+            grad_mu = _add(grad_mu, grads[t])
+            # M-step: mu = normalise(direction), direction = projection · sums
+            direction = sums[:, :-1] if projection is None else projection @ sums
+            _, pull = vjp(unit_norm, direction, previous)
+            grad_direction, grad_previous = pull(grad_mu)
+            if projection is None:
+                grad_sums = F.pad(grad_direction, (0, 0, 0, 1))
+            else:
+                grad_sums = projection.mT @ grad_direction
+                of_projection.append((grad_direction, sums))
+            grad_sums = _add(grad_sums, grads[t + 2])
+            grad_z = _add(torch.baddbmm(grad_sums[:, -1:], x.mT, grad_sums[:, :-1]), grads[t + 1])
+            of_x.append((grad_sums[:, :-1], z))
+            # E-step: z = softmax(logits), logits = xᵀ bases, bases = scale · projectionᵀ mu
             z_grad_z = z * grad_z
-            grad_logits = ctx.scale * (z_grad_z - z * z_grad_z.sum(-1, keepdim=True))
-            (bases, _), pull = vjp(bases_of_x, previous, *projection)
-            grad_offset = grad_logits.sum(1, keepdim=True) if bias is not None else grad_logits.new_zeros(1, 1, 1)
-            grad_mu, *grad_p = pull((x @ grad_logits, grad_offset))
-            grad_projection = [a + b for a, b in zip(grad_projection, grad_p, strict=True)]
-            grad_mu = grad_mu + grad_previous
-            left += [grad_total, bases]
-            right += [z, grad_logits]
-        grad_x = None
+            grad_logits = z_grad_z - z * z_grad_z.sum(-1, keepdim=True)
+            bases, grad_bases = ctx.scale * previous, statistics(x, grad_logits)
+            if projection is None:
+                grad_mu = ctx.scale * grad_bases[:, :-1] + grad_previous
+            else:
+                grad_mu = ctx.scale * (projection @ grad_bases) + grad_previous
+                of_projection.append((bases, grad_bases))
+                bases = (projection.mT @ bases)[:, :-1]
+            of_x.append((bases, grad_logits))
+        grad_x = grad_projection = None
         if ctx.needs_input_grad[0]:
-            grad_x = reconstruct(torch.cat(left, -1), torch.cat(right, -1), like=x).to(x_given.dtype)
-        grad_weight, grad_bias, *_ = *grad_projection, None, None
-        return grad_x, grad_mu, None, None, None, grad_weight, grad_bias
+            grad_x = _blockwise_product(*_concatenated(of_x), like=x).to(x_given.dtype)
+        if ctx.needs_input_grad[5]:
+            grad_projection = torch.einsum("bik,bjk->ij", *_concatenated(of_projection))
+        return grad_x, grad_mu, None, None, None, grad_projection
 
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+def _concatenated(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One left and one right factor (B, *, M) whose product left · rightᵀ is the sum of the pairs' products."""
+    left, right = zip(*pairs, strict=True)
+    return torch.cat(left, -1), torch.cat(right, -1)
+
+
+def _blockwise_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Computes left · rightᵀ (B, C, N) of left (B, C, M) and right (B, N, M), laid out as ``like``.
+
+    In blocks because a GEMM is slow, by a third, to write rows of an odd length such as 65².
+    """
+    if is_channels_last(like) or torch.is_grad_enabled():  # where a gradient is wanted of this gradient
+        return reconstruct(left, right, like)
+    out = left.new_empty(len(left), left.shape[1], right.shape[1])
+    for out_block, right_block in _position_blocks(out, right.mT):
+        out_block.copy_(left @ right_block)
+    return out
+
+
+def _add(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
 
 
 def stands_in_for(conv2: nn.Module, x: Tensor) -> bool:
@@ -172,12 +192,16 @@ def inference_tail(x: Tensor, mu: Tensor, z: Tensor, conv: nn.Conv2d, norm: nn.B
     gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = (norm.bias - norm.running_mean * gain)[:, None]
     weight = gain[:, None] * conv.weight.flatten(1)
+
+    def block(x: Tensor, z: Tensor) -> Tensor:
+        result = _conv(weight, reconstruct(mu, z.mT, like=x).relu_())
+        result += x
+        result += shift
+        return result.relu_() if final_relu else result
+
     y = torch.empty_like(x)
     for x_block, y_block, z_block in _position_blocks(x, y, z.mT):
-        result = _conv(weight, reconstruct(mu, z_block.mT, like=x_block).relu_())
-        result += x_block
-        result += shift
-        y_block.copy_(result.relu_() if final_relu else result)
+        y_block.copy_(block(x_block, z_block))
     return y
 
 
@@ -205,7 +229,7 @@ class _ReconstructConv(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_weight = grad_weight + (grad_block @ rectified.mT).sum(0)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_rectified = _conv(weight.mT, grad_block).where(rectified > 0, 0.0)
+                grad_rectified = _conv(weight.mT, grad_block) * rectified.sign()
                 grad_mu = grad_mu + grad_rectified @ z_block.mT
                 grad_z.append(grad_rectified.mT @ mu)
         return grad_mu, torch.cat(grad_z, 1) if grad_z else None, grad_weight, None

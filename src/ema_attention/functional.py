@@ -105,45 +105,35 @@ def run_stages(
     mu: Tensor,
     stages: int,
     scale: float,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gather: Gather | None,
+    mask: Tensor | None = None,
+    projection: Tensor | None = None,
+    gather: Gather | None = None,
 ) -> tuple[Tensor, Tensor]:
     """EM itself: the bases (B, C', K) and maps (B, N, K) after ``stages`` stages on x (B, C, N) from mu (B, C', K)."""
     from ema_attention import fast  # here, because the fast path is built from the steps below
 
-    if gather is None and fast.differentiates(x, mu, weight, bias):
-        return fast.run_stages(x, mu, stages, scale, mask, weight, bias)
+    if gather is None and fast.differentiates(x, mu, projection):
+        return fast.run_stages(x, mu, stages, scale, mask, projection)
     x = x.to(mu.dtype)
     for _ in range(stages):
-        z = expectation(x, mu, scale, mask, weight, bias)
+        z = expectation(x, mu, scale, mask, projection)
         sums = statistics(x, z)
-        mu = maximization(sums if gather is None else gather(sums), mu, weight, bias)
+        mu = maximization(sums if gather is None else gather(sums), mu, projection)
     return mu, z
 
 
 def expectation(
-    x: Tensor,
-    mu: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, mu: Tensor, scale: float, mask: Tensor | None = None, projection: Tensor | None = None
 ) -> Tensor:
     """E-step: the maps z (B, N, K) of x (B, C, N) for bases mu (B, C', K)."""
-    bases, offset = bases_of_x(mu, weight, bias)
-    logits = x.mT @ (scale * bases)  # (B, N, K)
-    if bias is not None:
-        logits = logits + scale * offset
+    bases = scale * mu
+    if projection is None:
+        logits = x.mT @ bases  # (B, N, K)
+    else:
+        bases = projection.mT @ bases  # yᵀmu = xᵀ(Wᵀmu) + bᵀmu
+        logits = torch.baddbmm(bases[:, -1:], x.mT, bases[:, :-1])
     z = logits.softmax(-1)
     return z if mask is None else z.masked_fill(~mask[..., None], 0.0)
-
-
-def bases_of_x(mu: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The projection folded into the bases: yᵀmu = xᵀ(Wᵀmu) + bᵀmu, as (B, C, K) and (B, 1, K)."""
-    bases = mu if weight is None else weight.mT @ mu
-    return bases, mu.new_zeros(1, 1, 1) if bias is None else bias @ mu.flatten(2)[:, None]
 
 
 def statistics(x: Tensor, z: Tensor) -> Tensor:
@@ -154,14 +144,10 @@ def statistics(x: Tensor, z: Tensor) -> Tensor:
     return torch.cat([x @ z, z.sum(1, keepdim=True)], 1)
 
 
-def maximization(sums: Tensor, mu: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def maximization(sums: Tensor, mu: Tensor, projection: Tensor | None = None) -> Tensor:
     """M-step: the unit-norm bases (B, C', K) from the :func:`statistics`; ``mu`` are the bases before it."""
-    total, mass = sums[:, :-1], sums[:, -1:]
-    if weight is not None:
-        total = weight @ total  # Σ y z = W Σ x z + b Σ z
-    if bias is not None:
-        total = total + bias[:, None] * mass
-    return unit_norm(total, mu)
+    direction = sums[:, :-1] if projection is None else projection @ sums  # Σ y z = W Σ x z + b Σ z
+    return unit_norm(direction, fallback=mu)
 
 
 def unit_norm(direction: Tensor, fallback: Tensor) -> Tensor:
@@ -218,30 +204,35 @@ def expectation_maximization(
     gather: Gather | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bases (B, C', K) and maps (B, N, K) of x (B, C, N) after ``stages`` stages, float32 or wider."""
-    x, mu, weight, bias = prepare(x, mu, mask, weight, bias)
+    x, mu, projection = prepare(x, mu, mask, weight, bias)
     run = partial(run_stages, scale=scale, mask=mask, gather=gather)
     with without_autocast(x.device):
         if gradient == "all":
-            return run(x, mu, stages, weight=weight, bias=bias)
+            return run(x, mu, stages, projection=projection)
         mu = mu.detach()
-        constant_weight, constant_bias = (None if p is None else p.detach() for p in (weight, bias))
+        constant = None if projection is None else projection.detach()
         if gradient == "none":
-            return run(x.detach(), mu, stages, weight=constant_weight, bias=constant_bias)
+            return run(x.detach(), mu, stages, projection=constant)
         if stages > 1:
-            mu, _ = run(x.detach(), mu, stages - 1, weight=constant_weight, bias=constant_bias)
-        return run(x, mu, 1, weight=weight, bias=bias)
+            mu, _ = run(x.detach(), mu, stages - 1, projection=constant)
+        return run(x, mu, 1, projection=projection)
 
 
 def prepare(
     x: Tensor, mu: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four in the form that EM runs in: x is 0 where masked, mu (B, C', K), all but x float32 or wider."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The form that EM runs in: x 0 where masked, mu (B, C', K), the projection [weight | bias] (C', C + 1).
+
+    mu and the projection are float32 or wider.
+    """
     dtype = torch.promote_types(torch.promote_types(x.dtype, mu.dtype), torch.float32)
     if mask is not None:
         x = x.masked_fill(~mask[:, None], 0.0)  # NaN · 0 would leak out of a padded position
     mu = (mu if mu.dim() == 3 else mu[None]).to(dtype).expand(x.shape[0], -1, -1)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return x, mu, weight, bias
+    if weight is None:
+        return x, mu, None
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return x, mu, torch.cat([weight.to(dtype), bias.to(dtype)[:, None]], 1)
 
 
 def is_channels_last(x: Tensor) -> bool:

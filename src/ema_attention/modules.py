@@ -128,8 +128,10 @@ class EMAUnit(nn.Module):
         self.conv1 = nn.Conv2d(channels, inner_channels, 1, device=device, dtype=dtype)
         self.conv2 = nn.Sequential(
             nn.Conv2d(inner_channels, channels, 1, bias=False, device=device, dtype=dtype),
-            norm_layer(channels).to(device=device, dtype=dtype),
+            norm_layer(channels),
         )
+        if device is not None or dtype is not None:
+            self.conv2[1].to(device=device, dtype=dtype)
         self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # see collect_attention_maps
         self.conv1.requires_grad_(gradient != "none")
         self.reset_parameters()

@@ -83,9 +83,10 @@ class TiledEMAttention:
         """
         if self._sums is None:
             raise ValueError("step needs the tiles of a stage; got none since the last step")
-        weight, bias = (None if p is None else p.to(self._mu) for p in (self._weight, self._bias))
+        weight, bias = (None if p is None else p.cpu() for p in (self._weight, self._bias))
+        _, _, projection = prepare(self._sums, self._mu, None, weight, bias)
         with without_autocast(self._mu.device):
-            self._mu_before, self._mu = self._mu, maximization(self._sums, self._mu, weight, bias)
+            self._mu_before, self._mu = self._mu, maximization(self._sums, self._mu, projection)
         self._sums = None
 
     @torch.no_grad()
@@ -120,6 +121,6 @@ class TiledEMAttention:
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
         check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
         positions = None if mask is None else mask.flatten(1)  # (B, N)
-        features, mu, weight, bias = prepare(x.flatten(2), mu, positions, weight, bias)
+        features, mu, projection = prepare(x.flatten(2), mu, positions, weight, bias)
         features = features.to(mu.dtype)
-        return features, expectation(features, mu, self._scale, positions, weight, bias)
+        return features, expectation(features, mu, self._scale, positions, projection)

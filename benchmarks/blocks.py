@@ -1,0 +1,294 @@
+"""The blocks that EMAUnit stands beside, each written from its paper, and ``BLOCKS``, the one list of them.
+
+x is (B, C, H, W) and N = H·W throughout. To add a block: a class here, its slow form in ``slow.py``, and
+a row in ``BLOCKS``. Every benchmark, test, table and plot is made from the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import slow
+from ema_attention import EMAUnit
+
+NUM_BASES = 64  # K of EMAU and R of Hamburger, as in both papers
+STAGES = 3
+
+
+class PublishedEMAU(nn.Module):
+    """EMAU as published (Li et al., ICCV 2019): the plain form, nothing folded, nothing recomputed.
+
+    Its state is :class:`EMAUnit`'s, by name and shape. ``gradient`` is the published ``"none"``, or what autograd
+    does with the same loop left open for its last stage or for all of them.
+    """
+
+    def __init__(self, channels: int, gradient: Literal["none", "last", "all"] = "none") -> None:
+        super().__init__()
+        self.gradient = gradient
+        mu = torch.randn(1, channels, NUM_BASES) * math.sqrt(2 / NUM_BASES)
+        self.register_buffer("mu", mu / (1e-6 + mu.norm(dim=1, keepdim=True)))
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        for conv in (self.conv1, self.conv2[0]):
+            nn.init.normal_(conv.weight, 0, math.sqrt(2 / channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x).flatten(2)  # (B, C, N)
+        mu = self.mu.expand(len(x), -1, -1)
+        open_stages = {"none": 0, "last": 1, "all": STAGES}[self.gradient]
+        for stage in range(STAGES):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage >= STAGES - open_stages):
+                z = (y.mT @ mu).softmax(-1)  # (B, N, K)
+                mu = y @ (z / (1e-6 + z.sum(1, keepdim=True)))
+                mu = mu / (1e-6 + mu.norm(dim=1, keepdim=True))
+        if self.training:
+            with torch.no_grad():
+                self.mu = 0.9 * self.mu + 0.1 * mu.mean(0, keepdim=True)  # its norm is left as it comes
+        y = F.relu(mu @ z.mT, inplace=True).view_as(x)  # the projection's name again, so that its memory is free
+        y = self.conv2(y)
+        return F.relu(y + x, inplace=True)
+
+
+class NonLocal(nn.Module):
+    """Non-local block, embedded Gaussian (Wang et al., CVPR 2018); ``subsample`` is its 2×2 max-pool of the keys.
+
+    ``fused`` computes the same through scaled_dot_product_attention, whose inputs are made contiguous:
+    others take its slow path.
+    """
+
+    def __init__(self, channels: int, *, subsample: bool = False, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
+        self.pool = nn.MaxPool2d(2) if subsample else nn.Identity()
+        self.theta = nn.Conv2d(channels, channels // 2, 1)
+        self.phi = nn.Conv2d(channels, channels // 2, 1)
+        self.g = nn.Conv2d(channels, channels // 2, 1)
+        self.w = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.w[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.pool(x)
+        theta, phi, g = self.theta(x).flatten(2), self.phi(keys).flatten(2), self.g(keys).flatten(2)  # (B, C/2, N)
+        if self.fused:
+            theta, phi, g = (t.mT.contiguous()[:, None] for t in (theta, phi, g))  # (B, 1, N, C/2)
+            out = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)[:, 0].mT
+        else:
+            out = g @ (theta.mT @ phi).softmax(-1).mT
+        return x + self.w(out.unflatten(2, x.shape[2:]))
+
+
+class PositionAttention(nn.Module):
+    """DANet's position attention, PAM (Fu et al., CVPR 2019)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 8, 1)
+        self.key = nn.Conv2d(channels, channels // 8, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = (self.query(x).flatten(2).mT @ self.key(x).flatten(2)).softmax(-1)  # (B, N, N)
+        return self.gamma * (self.value(x).flatten(2) @ attention.mT).view_as(x) + x
+
+
+class ChannelAttention(nn.Module):
+    """DANet's channel attention, CAM (Fu et al., CVPR 2019)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x.flatten(2)
+        energy = features @ features.mT  # (B, C, C)
+        attention = (energy.amax(-1, keepdim=True) - energy).softmax(-1)
+        return self.gamma * (attention @ features).view_as(x) + x
+
+
+class DualAttention(nn.Module):
+    """PAM and CAM on the same features, summed: what DANet's head computes between its 3×3 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.position = PositionAttention(channels)
+        self.channel = ChannelAttention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.position(x) + self.channel(x)
+
+
+class Hamburger(nn.Module):
+    """Hamburger with NMF as its ham (Geng et al., ICLR 2021): 6 multiplicative updates in training, 7 in eval.
+
+    The bases are drawn anew in every forward, the coefficients start at a softmax over them, and the
+    gradient is the paper's one-step gradient: the last update alone is differentiated.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.lower = nn.Conv2d(channels, channels, 1)
+        self.upper = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.lower(x)).flatten(2)  # (B, C, N)
+        bases = F.normalize(torch.rand(len(x), x.shape[1], NUM_BASES, dtype=x.dtype, device=x.device), dim=1)
+        with torch.no_grad():
+            codes = (y.mT @ bases).softmax(-1)  # (B, N, R)
+            for _ in range(5 if self.training else 6):
+                bases, codes = self._update(y, bases, codes)
+        bases, codes = self._update(y, bases, codes)
+        y = (bases @ codes.mT).view_as(x)
+        return F.relu(x + self.upper(y))
+
+    @staticmethod
+    def _update(y: Tensor, bases: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        codes = codes * (y.mT @ bases) / (codes @ (bases.mT @ bases) + 1e-6)
+        bases = bases * (y @ codes) / (bases @ (codes.mT @ codes) + 1e-6)
+        return bases, codes
+
+
+class DoubleAttention(nn.Module):
+    """A²-Net's double attention (Chen et al., NeurIPS 2018): gather by B, distribute by V, C/4 channels each."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels // 4, 1)
+        self.b = nn.Conv2d(channels, channels // 4, 1)
+        self.v = nn.Conv2d(channels, channels // 4, 1)
+        self.w = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gathered = self.a(x).flatten(2) @ self.b(x).flatten(2).softmax(-1).mT  # (B, C/4, C/4)
+        out = gathered @ self.v(x).flatten(2).softmax(1)
+        return x + self.w(out.unflatten(2, x.shape[2:]))
+
+
+class CrissCross(nn.Module):
+    """CCNet's recurrent criss-cross attention (Huang et al., ICCV 2019): twice over each position's row and column."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 8, 1)
+        self.key = nn.Conv2d(channels, channels // 8, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._attend(self._attend(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        column = query.permute(0, 3, 2, 1) @ key.permute(0, 3, 1, 2)  # (B, W, H, H)
+        itself = torch.eye(height, dtype=torch.bool, device=x.device)
+        column = column.masked_fill(itself, -math.inf)  # a position is in its row already
+        row = query.permute(0, 2, 3, 1) @ key.permute(0, 2, 1, 3)  # (B, H, W, W)
+        attention = torch.cat([column.transpose(1, 2), row], -1).softmax(-1)  # (B, H, W, H + W)
+        column, row = attention[..., :height].transpose(1, 2), attention[..., height:]
+        out = (column @ value.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
+        return self.gamma * (out + (row @ value.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)) + x
+
+
+class Block(NamedTuple):
+    """What the benchmarks know of a block."""
+
+    make: Callable[[int], nn.Module]
+    """The block for C channels."""
+    slow: Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]
+    """Its independent form: (parameters and buffers by name, x, training) to the output."""
+    parameters: Callable[[int], int]
+    """Their number, for C."""
+    macs: Callable[[int, int, int], int]
+    """Multiply-accumulates of an eval forward of one sample, for C, H and W."""
+    forward_of: str | None = None
+    """The block whose forward this one shares: they differ in what they differentiate."""
+
+
+def _emau(channels: int) -> int:
+    return 2 * channels**2 + 3 * channels
+
+
+def _emau_macs(c: int, h: int, w: int) -> int:
+    return 2 * c**2 * h * w + (2 * STAGES + 1) * h * w * NUM_BASES * c
+
+
+def _folded_macs(c: int, h: int, w: int) -> int:
+    to_x_and_back = 2 * STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
+    return _emau_macs(c, h, w) - c**2 * h * w + to_x_and_back
+
+
+def _non_local(channels: int) -> int:
+    return 4 * channels * (channels // 2) + 3 * (channels // 2) + 3 * channels
+
+
+def _non_local_macs(c: int, h: int, w: int, stride: int = 1) -> int:
+    n, keys = h * w, (h // stride) * (w // stride)
+    return c**2 * n + c**2 * keys + c * n * keys
+
+
+def _position(channels: int) -> int:
+    return channels**2 + 2 * channels * (channels // 8) + channels + 2 * (channels // 8) + 1
+
+
+def _position_macs(c: int, h: int, w: int) -> int:
+    n = h * w
+    return 5 * c**2 * n // 4 + n**2 * (c // 8 + c)
+
+
+def _channel_macs(c: int, h: int, w: int) -> int:
+    return 2 * c**2 * h * w
+
+
+def _hamburger_macs(c: int, h: int, w: int, updates: int = 7) -> int:
+    n, r = h * w, NUM_BASES
+    return 2 * c**2 * n + 2 * n * r * c + updates * 2 * (n * r * c + r**2 * (n + c))
+
+
+def _criss_cross_macs(c: int, h: int, w: int) -> int:
+    n = h * w
+    return 2 * (5 * c**2 * n // 4 + n * (h + w) * (c // 8 + c))
+
+
+BLOCKS: dict[str, Block] = {
+    "EMAU as published": Block(PublishedEMAU, slow.emau, _emau, _emau_macs),
+    "EMAUnit": Block(partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _folded_macs),
+    'EMAUnit, gradient="all"': Block(
+        partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES, gradient="all"),
+        partial(slow.emau, gradient="all"),
+        _emau,
+        _folded_macs,
+        forward_of="EMAUnit",
+    ),
+    "Non-local": Block(NonLocal, slow.non_local, _non_local, _non_local_macs),
+    "Non-local, sub-sampled": Block(
+        partial(NonLocal, subsample=True),
+        partial(slow.non_local, subsample=True),
+        _non_local,
+        partial(_non_local_macs, stride=2),
+    ),
+    "Non-local, fused attention": Block(partial(NonLocal, fused=True), slow.non_local, _non_local, _non_local_macs),
+    "PAM": Block(PositionAttention, slow.position_attention, _position, _position_macs),
+    "CAM": Block(ChannelAttention, slow.channel_attention, lambda c: 1, _channel_macs),
+    "PAM + CAM": Block(
+        DualAttention,
+        slow.dual_attention,
+        lambda c: _position(c) + 1,
+        lambda c, h, w: _position_macs(c, h, w) + _channel_macs(c, h, w),
+    ),
+    "Hamburger (NMF)": Block(Hamburger, slow.hamburger, _emau, _hamburger_macs),
+    "Double attention (A²)": Block(
+        DoubleAttention,
+        slow.double_attention,
+        lambda c: c**2 + 3 * (c // 4) + c,
+        lambda c, h, w: c**2 * h * w + 2 * h * w * (c // 4) ** 2,
+    ),
+    "Criss-cross": Block(CrissCross, slow.criss_cross, _position, _criss_cross_macs),
+}

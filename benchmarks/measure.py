@@ -1,0 +1,256 @@
+"""How every number is taken: correctness first, then MACs, memory and time. README.md says it in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import ema_attention
+from benchmarks.blocks import Block
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would tear up the progress bars
+torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as everything else is, or not to be compared
+
+Mode = Literal["forward", "training step"]
+MODES: tuple[Mode, ...] = ("forward", "training step")
+"""An eval forward without gradients; a forward and backward in training mode, to x and the parameters."""
+
+
+@cache
+def failure(block: Block, device: str = "cpu") -> str | None:
+    """Why ``block`` must not be measured: where it differs from its slow form or its formulas; None if nowhere.
+
+    Outputs in eval and training mode and the gradient of x, for random parameters and running statistics,
+    float32 against float64, to 1e-4 of the largest value.
+    """
+    channels, height, width = 16, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    module = block.make(channels).to(device)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in module.named_buffers():
+            if "running" in name:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    x = torch.randn(2, channels, height, width, generator=generator).to(device).requires_grad_()
+    probe = torch.randn(x.shape, generator=generator).to(device)
+
+    for training in (False, True):
+        module.train(training)
+        state = {k: v.detach().clone().double() for k, v in module.state_dict().items()}
+        torch.manual_seed(0)  # for Hamburger's bases
+        out = module(x)
+        (grad,) = torch.autograd.grad(out, x, probe)
+        torch.manual_seed(0)
+        slow_x = x.detach().double().requires_grad_()
+        slow_out = block.slow(state, slow_x, training)
+        (slow_grad,) = torch.autograd.grad(slow_out, slow_x, probe.double())
+        for name, value, slow in (("output", out, slow_out), ("gradient of x", grad, slow_grad)):
+            error = ((value - slow).abs().max() / slow.abs().max()).item()
+            if not error <= 1e-4:  # NaN fails too
+                mode = "training" if training else "eval"
+                return f"its {name} in {mode} mode is off its slow form's by {error:.1e}"
+    counts = {
+        "parameters": (parameters(module), block.parameters(channels)),
+        "MACs": (macs(module.eval(), x[:1]), block.macs(channels, height, width)),
+    }
+    for name, (counted, formula) in counts.items():
+        if counted != formula:
+            return f"its {name} are {counted:,}, its formula's {formula:,}"
+    return None
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of a forward: half the FLOPs that torch.utils.flop_counter finds."""
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    return counter.get_total_flops() // 2
+
+
+def prepare(
+    module: nn.Module, shape: Sequence[int], mode: Mode, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Callable[[], Tensor]:
+    """One run of ``module`` on random input as a function without arguments, which returns the output."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tuple(shape), generator=generator).to(device, dtype)
+    module = module.to(device, dtype)
+    if mode == "forward":
+        module.eval()
+        return torch.no_grad()(lambda: module(x))
+    probe = torch.randn(tuple(shape), generator=generator).to(device, dtype)
+    wanted = [x.requires_grad_(), *(p for p in module.train().parameters() if p.requires_grad)]
+
+    def step() -> Tensor:
+        out: Tensor = module(x)
+        torch.autograd.grad(out, wanted, probe, allow_unused=True)  # conv1 of the published unit gets none
+        return out
+
+    return step
+
+
+class Memory(NamedTuple):
+    """Bytes allocated during a call, beyond what was there before it."""
+
+    peak: int
+    held: int
+    """What was still there at its end, with its result alive, less the result itself."""
+
+
+def memory(call: Callable[[], Tensor], device: str = "cpu") -> Memory:
+    """The allocations of one call: PyTorch's CUDA allocator's own count, or the profiler's events on a CPU.
+
+    Both see every tensor and what operators allocate through PyTorch, also inside an operator. On a CPU nothing
+    depends on timing, so the numbers are the same in every run.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = call()
+        torch.cuda.synchronize()
+        peak, after = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            out = call()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+        peak = after = 0
+        alive = set()  # what the call allocated itself; the freeing of older tensors is not its merit
+        for event in sorted(events, key=lambda event: event["ts"]):
+            address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            if size > 0 or address in alive:
+                (alive.add if size > 0 else alive.remove)(address)
+                after += size
+                peak = max(peak, after)
+    return Memory(peak, after - out.untyped_storage().nbytes())
+
+
+def held_for_backward(
+    module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> int:
+    """Bytes that a training forward keeps for its backward, beyond its input and output."""
+    x = torch.randn(tuple(shape), dtype=dtype, device=device, requires_grad=True)
+    module = module.to(device, dtype).train()
+    return memory(lambda: module(x), device).held
+
+
+def synchronize(device: str) -> None:
+    """Waits for what was launched on a GPU; nothing on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    least: int = 3,
+    warm: bool = False,
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Seconds of each call, measured in turns so that a disturbance meets all: rounds until ``seconds`` have gone.
+
+    Unless they are ``warm``, each call runs before, unmeasured: once on a CPU, three times on a GPU. Every
+    round starts with another call; there are ``least`` rounds whatever they take.
+    """
+    for _ in range(0 if warm else 3 if torch.device(device).type == "cuda" else 1):
+        for call in calls.values():
+            call()
+    synchronize(device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    order = list(calls)
+    while time.perf_counter() < end or len(samples[order[0]]) < least:
+        for name in order:
+            start = time.perf_counter()
+            calls[name]()
+            synchronize(device)
+            samples[name].append(time.perf_counter() - start)
+        order = order[1:] + order[:1]
+    return samples
+
+
+def summary(samples: Sequence[float]) -> dict[str, float | int]:
+    """Median, quartiles and number of samples."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {"median": middle, "quartiles": [low, high], "samples": len(samples)}
+
+
+def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
+    """The value at ``n`` of a·n² + b·n through the last two of ``points`` (n, value); of b·n through a single one.
+
+    Time and memory of every block here are such sums, or lie below one (criss-cross: n√n).
+    """
+    (n2, v2) = points[-1]
+    if len(points) == 1:
+        return v2 * n / n2
+    (n1, v1) = points[-2]
+    a = max(0.0, (v2 / n2 - v1 / n1) / (n2 - n1))
+    b = v2 / n2 - a * n2
+    return a * n**2 + b * n
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """The p of the least-squares fit value ∝ nᵖ through ``points`` (n, value)."""
+    logs = [(torch.tensor(n).double().log().item(), torch.tensor(v).double().log().item()) for n, v in points]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def environment(device: str = "cpu") -> dict[str, object]:
+    """What a reader has to know to repeat or to doubt a measurement."""
+    return {
+        "machine": machine(device),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ema_attention": ema_attention.__version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def machine(device: str = "cpu") -> str:
+    """The GPU's name, or the CPU's and its number of cores."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit that the code is at, and whether it is changed since; "unknown" outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" and uncommitted changes" if changed.stdout.strip() else "")

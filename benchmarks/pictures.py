@@ -1,0 +1,100 @@
+"""The report's plots, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.blocks import BLOCKS
+from benchmarks.measure import MODES
+
+UNIT = "EMAUnit"
+UNIT_COLOUR = "#0072B2"
+COLOURS = ["#000000", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
+"""Okabe and Ito's: colour-blind readers tell them apart, and with markers and dashes so does everyone in grey."""
+MARKERS = "sD^vP<>Xp*h"
+
+
+def _style(name: str) -> dict:
+    if name.startswith(UNIT):
+        return {
+            "color": UNIT_COLOUR,
+            "marker": "o",
+            "linestyle": "-" if name == UNIT else "--",
+            "linewidth": 2.8,
+            "markersize": 7,
+            "zorder": 3,
+        }
+    index = [other for other in BLOCKS if not other.startswith(UNIT)].index(name)
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": "-" if index < len(COLOURS) else "--",
+        "linewidth": 1.3,
+        "markersize": 5,
+    }
+
+
+def growth(grown: dict[str, dict], channels: int) -> bytes:
+    """Time and memory of each block against N, both axes logarithmic; a row of panels for each mode."""
+    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    axes = figure.subplots(len(MODES), 2, sharex=True, squeeze=False)
+    for mode, (left, right) in zip(MODES, axes, strict=True):
+        for name, block in grown[mode].items():
+            n = [point["n"] for point in block["points"]]
+            left.plot(n, [point["seconds"]["median"] for point in block["points"]], label=name, **_style(name))
+            right.plot(n, [point["bytes"] / 2**20 for point in block["points"]], label=name, **_style(name))
+        for axis, quantity in ((left, "time [s]"), (right, "peak memory beyond the input [MiB]")):
+            axis.set(xscale="log", yscale="log", ylabel=f"{mode}: {quantity}")
+            axis.grid(which="major", alpha=0.35)
+            axis.grid(which="minor", alpha=0.12)
+            axis.tick_params(labelbottom=True)
+    for axis in axes[-1]:
+        axis.set_xlabel("positions N")
+    figure.suptitle(f"One sample, C = {channels}. A line ends where the next size would pass a limit.")
+    handles, labels = axes[-1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return _png(figure)
+
+
+def costs(tables: list[dict]) -> bytes:
+    """Bars of time (with quartiles) and peak memory at the one size of each table, for both modes."""
+    figure = Figure(figsize=(13, 5.2 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
+    for table, (forward, step, peak) in zip(tables, panels, strict=True):
+        names = list(table["blocks"])[::-1]
+        rows = [table["blocks"][name] for name in names]
+        colours = [UNIT_COLOUR if name.startswith(UNIT) else "#B0B0B0" for name in names]
+        for axis, mode in ((forward, MODES[0]), (step, MODES[1])):
+            medians = [1e3 * row[mode]["median"] for row in rows]
+            spread = [[1e3 * abs(row[mode]["quartiles"][i] - row[mode]["median"]) for row in rows] for i in (0, 1)]
+            axis.barh(names, medians, xerr=spread, color=colours, ecolor="#000000", capsize=2)
+            _label(axis, medians, [1e3 * row[mode]["quartiles"][1] for row in rows])
+            axis.set_xlabel(f"{mode}, median and quartiles [ms]")
+        memory = [row[MODES[1]]["peak"] / 2**20 for row in rows]
+        peak.barh(names, memory, color=colours)
+        _label(peak, memory, memory)
+        peak.set_xlabel(f"{MODES[1]}, peak memory beyond the input [MiB]")
+        forward.set_title(f"input {tuple(table['shape'])}, {table['dtype']}", loc="left")
+    return _png(figure)
+
+
+def _label(axis: Axes, values: list[float], ends: list[float]) -> None:
+    """The numbers beside the bars, right of where each ends."""
+    for i, (value, end) in enumerate(zip(values, ends, strict=True)):
+        text = f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+        axis.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_xlim(0, 1.2 * max(ends))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
