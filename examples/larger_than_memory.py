@@ -66,7 +66,12 @@ def attend(folder: Path, bases: int, stages: int, tile: int) -> Iterator[tuple[s
     em = TiledEMAttention(F.normalize(torch.randn(channels, bases, generator=generator), dim=0))
     first_stage, start = 0, 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        try:
+            state = torch.load(state_file, weights_only=True)
+        except Exception as error:  # torch.load has many ways to say that a file is not one of its own
+            raise ValueError(
+                f"{state_file} must hold the state of a run; got a file that torch.load cannot read"
+            ) from error
         if state["settings"] != settings:
             raise ValueError(f"{state_file} must be of a run with {settings}; got {state['settings']}")
         em.load_state_dict(state["em"])

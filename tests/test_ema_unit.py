@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ema_attention import EMAUnit, em_attention
+from ema_attention import EMAUnit, collect_attention_maps, em_attention
 
 
 def trained_like(unit: EMAUnit) -> EMAUnit:
@@ -36,11 +36,15 @@ def formula(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("masked", [False, True])
-def test_unit_equals_its_formula(mode: str, training: bool, memory_format: torch.memory_format, masked: bool) -> None:
-    unit = trained_like(EMAUnit(12, 5, inner_channels=10, gradient=mode, scale=1.5, final_relu=masked)).double()
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unit_equals_its_formula(
+    mode: str, training: bool, memory_format: torch.memory_format, masked: bool, final_relu: bool, batch: int
+) -> None:
+    unit = trained_like(EMAUnit(12, 5, inner_channels=10, gradient=mode, scale=1.5, final_relu=final_relu)).double()
     unit.train(training)
-    x = torch.randn(3, 12, 24, 25, dtype=torch.float64).to(memory_format=memory_format)
-    mask = torch.rand(3, 24, 25) < 0.7 if masked else None
+    x = torch.randn(batch, 12, 24, 25, dtype=torch.float64).to(memory_format=memory_format)
+    mask = torch.rand(batch, 24, 25) < 0.7 if masked else None
     before = copy.deepcopy(unit)
     results = []
     for module, function in ((unit, unit), (before, partial(formula, before))):
@@ -55,6 +59,26 @@ def test_unit_equals_its_formula(mode: str, training: bool, memory_format: torch
     for one, other in zip(gradients, gradients_formula, strict=True):
         torch.testing.assert_close(one, other)
     for one, other in zip(unit.conv2.buffers(), before.conv2.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_gradient", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_a_batch_of_one_in_any_memory_format(
+    hooked: bool, of_input: torch.memory_format, of_gradient: torch.memory_format
+) -> None:
+    unit = EMAUnit(8, 4, gradient="all", final_relu=False).double()
+    if hooked:
+        unit.conv2.register_forward_hook(lambda module, args, y: None)
+    x, upstream = torch.randn(2, 1, 8, 3, 4, dtype=torch.float64)
+    before, results = copy.deepcopy(unit), []
+    for function, source, layout in ((unit, x.to(memory_format=of_input), of_gradient), (before, x, None)):
+        leaf = source.clone().requires_grad_()
+        y = function(leaf) if layout else formula(function, leaf)
+        gradient = upstream.to(memory_format=layout or torch.contiguous_format)
+        results.append(torch.autograd.grad(y, [leaf, *function.parameters()], gradient))
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -131,6 +155,53 @@ def test_a_batch_that_is_not_finite_moves_nothing(poison: float) -> None:
     assert torch.equal(unit.mu, old)
     unit(torch.randn(3, 8, 6, 6))
     assert not torch.equal(unit.mu, old)
+
+
+def test_a_unit_that_raises_moves_nothing() -> None:
+    unit = EMAUnit(8, 4).train()
+    old = unit.mu.clone()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        unit(torch.randn(1, 8, 1, 1))
+    for dtype in (torch.int64, torch.float64):
+        with torch.autocast("cpu"), pytest.raises(TypeError, match=r"dtype of the unit, torch\.float32; got torch\."):
+            unit(torch.ones(2, 8, 3, 3, dtype=dtype))
+    assert torch.equal(unit.mu, old)
+
+
+def test_copies_and_pickles_leave_a_pass_that_is_under_way_behind() -> None:
+    unit = EMAUnit(8, 4)
+    with collect_attention_maps(unit) as maps:
+        unit(torch.randn(1, 8, 5, 5))
+        copies = [copy.deepcopy(unit), pickle.loads(pickle.dumps(unit))]
+        maps.clear()
+        for other in copies:
+            other(torch.randn(1, 8, 5, 5))
+    assert maps == {}
+
+
+@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "parametrization"])
+def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
+    unit = EMAUnit(8, 4, gradient="all").double()
+    if change == "hook":
+        unit.conv1.register_forward_hook(lambda module, args, y: 2 * y)
+    elif change == "spectral norm":
+        torch.nn.utils.spectral_norm(unit.conv1)
+        unit.conv1.eval()  # else each call moves its estimate
+    elif change == "wrapper":
+        unit.conv1 = nn.Sequential(unit.conv1, nn.Conv2d(8, 8, 1, bias=False)).double()
+    else:
+        torch.nn.utils.parametrizations.weight_norm(unit.conv1)
+    before = copy.deepcopy(unit)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(unit(x), formula(before, x))
+    parameters = [list(u.conv1.parameters()) for u in (unit, before)]
+    before.mu.copy_(unit.mu)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), p)
+        for y, p in ((formula(before, x), parameters[1]), (unit(x), parameters[0]))
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_empty_batch_moves_nothing() -> None:
@@ -232,6 +303,8 @@ def test_other_norms_fit(norm_layer) -> None:
         ({"scale": -1.0}, ValueError, "scale must be positive and finite; got -1.0"),
         ({"gradient": "some"}, ValueError, "gradient must be one of .* got 'some'"),
         ({"channel_dim": 0}, ValueError, "channel_dim must not be 0"),
+        ({"channel_dim": "last"}, TypeError, "channel_dim must be an int; got str"),
+        ({"scale": torch.ones(())}, TypeError, "scale must be a float; got Tensor"),
         (
             {"zero_init": True, "norm_layer": nn.Identity},
             ValueError,
@@ -250,7 +323,12 @@ def test_input_errors(shape: tuple[int, ...]) -> None:
         EMAUnit(8, 4)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 4, 4)])
+def test_channels_in_the_batch_dimension_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 channels in dimension -3"):
+        EMAUnit(8, 4, channel_dim=-3)(torch.randn(8, 5, 6))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 4, 4), [True]])
 def test_mask_errors(mask: Tensor) -> None:
     with pytest.raises((ValueError, TypeError), match="mask must be"):
         EMAUnit(8, 4)(torch.randn(2, 8, 4, 4), mask=mask)

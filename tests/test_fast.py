@@ -74,6 +74,14 @@ def add_bias(unit: EMAUnit) -> None:
     unit.conv2[0] = nn.Conv2d(8, 8, 1)
 
 
+def drop_bias(unit: EMAUnit) -> None:
+    unit.conv2[1].bias = None
+
+
+def patch_forward(unit: EMAUnit) -> None:
+    unit.conv2[0].forward = lambda x: 2 * nn.Conv2d.forward(unit.conv2[0], x)
+
+
 def append_dropout(unit: EMAUnit) -> None:
     unit.conv2.append(nn.Dropout2d(0.5)).eval()
 
@@ -103,6 +111,8 @@ def quantized_like_subclass(unit: EMAUnit) -> None:
         drop_affine,
         other_norm,
         add_bias,
+        drop_bias,
+        patch_forward,
         append_dropout,
         parametrize,
         quantized_like_subclass,
@@ -200,6 +210,30 @@ def test_arithmetic_of_an_eval_forward(device: str) -> None:
     per_position = positions * channels * (channels + (2 * stages + 1) * bases)
     fixed = 2 * stages * channels * (channels + 1) * bases
     assert counter.get_total_flops() == 2 * (per_position + fixed)
+
+
+@pytest.mark.parametrize("norm_layer", [nn.SyncBatchNorm, lambda c: nn.GroupNorm(2, c)])
+def test_other_norms_keep_what_does_not_depend_on_the_norm(norm_layer, calls: list[str]) -> None:
+    unit = EMAUnit(8, 4, norm_layer=norm_layer).eval()
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(unit(x), formula(unit, x))
+    assert calls == ["reconstruct_conv"]
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x), formula(unit, x))
+    assert calls[1] == ("inference_tail" if norm_layer is nn.SyncBatchNorm else "reconstruct_conv")
+
+
+def test_an_ensemble_by_vmap() -> None:
+    units = [trained_like(EMAUnit(8, 4)).eval() for _ in range(3)]
+    x = torch.randn(2, 8, 6, 6)
+    parameters, buffers = torch.func.stack_module_state(units)
+
+    def one(parameters, buffers):
+        return torch.func.functional_call(units[0], (parameters, buffers), (x,))
+
+    with torch.no_grad():
+        together = torch.func.vmap(one)(parameters, buffers)
+        torch.testing.assert_close(together, torch.stack([unit(x) for unit in units]))
 
 
 def test_deepcopy_shares_nothing() -> None:

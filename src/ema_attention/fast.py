@@ -14,7 +14,7 @@ None of it is used while a graph is traced (torch.compile, export): compilers fu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -138,10 +138,7 @@ def _blockwise_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """
     if is_channels_last(like) or torch.is_grad_enabled():  # where a gradient is wanted of this gradient
         return reconstruct(left, right, like)
-    out = left.new_empty(len(left), left.shape[1], right.shape[1])
-    for out_block, right_block in _position_blocks(out, right.mT):
-        out_block.copy_(left @ right_block)
-    return out
+    return _by_blocks(left.matmul, right.mT, room=lambda: left.new_empty(like.shape))
 
 
 def _add(a: Tensor, b: Tensor | None) -> Tensor:
@@ -149,27 +146,39 @@ def _add(a: Tensor, b: Tensor | None) -> Tensor:
 
 
 def stands_in_for(conv2: nn.Module, x: Tensor) -> bool:
-    """Whether calling ``EMAUnit``'s conv2 on what is like x would do what is done here, and nothing else."""
-    if is_tracing() or autocasts(x.device) or not (_is_plain(conv2, nn.Sequential) and len(conv2) == 2):
+    """Whether calling ``EMAUnit``'s conv2 on what is like x would run the 1×1 convolution and norm it was made of."""
+    if is_tracing() or autocasts(x.device) or not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
         return False
-    conv, norm = conv2
+    conv = conv2[0]
     return (
-        _is_plain(conv, nn.Conv2d)
-        and _is_plain(norm, nn.BatchNorm2d)
+        is_plain(conv, nn.Conv2d)
         and conv.bias is None
         and conv.kernel_size == (1, 1)
         and conv.groups == 1
-        and all(p.dtype == x.dtype for p in conv2.parameters())
+        and all(t.dtype == x.dtype for t in (*conv2.parameters(), *conv2.buffers()) if t.is_floating_point())
     )
+
+
+def is_foldable(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether ``norm`` is an affine map of each channel that is known beforehand."""
+    kind = nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d
+    if not is_plain(norm, kind) or norm.training:
+        return False
+    return all(t is not None for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def _is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Whether ``module`` is of just this class, not a subclass or parametrized, and without hooks."""
+def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether ``module`` is of just this class: no subclass, no hook, no forward of its own."""
+    return type(module) is kind and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks or a forward of its own. (Hooks on all modules, as counters set, are let be.)"""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -185,9 +194,9 @@ def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Ten
 def inference_tail(x: Tensor, mu: Tensor, z: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, final_relu: bool) -> Tensor:
     """Computes x + norm(conv(relu(mu zᵀ))) (B, C, N), then ReLU, with the norm folded into the convolution.
 
-    mu is (B, C', K), z (B, N, K). Nothing N×C is written but the result.
+    mu is (B, C', K), z (B, N, K), both in x's dtype. Nothing N×C is written but the result.
     """
-    assert norm.running_mean is not None  # for the type checker: the caller has looked
+    assert norm.running_mean is not None  # for the type checker: is_foldable has looked
     assert norm.running_var is not None
     gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = (norm.bias - norm.running_mean * gain)[:, None]
@@ -199,10 +208,7 @@ def inference_tail(x: Tensor, mu: Tensor, z: Tensor, conv: nn.Conv2d, norm: nn.B
         result += shift
         return result.relu_() if final_relu else result
 
-    y = torch.empty_like(x)
-    for x_block, y_block, z_block in _position_blocks(x, y, z.mT):
-        y_block.copy_(block(x_block, z_block))
-    return y
+    return _by_blocks(block, x, z.mT, room=lambda: _empty_like(x, weight))
 
 
 class _ReconstructConv(torch.autograd.Function):
@@ -210,10 +216,10 @@ class _ReconstructConv(torch.autograd.Function):
 
     @staticmethod
     def forward(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-        y = torch.empty_like(like)
-        for y_block, z_block in _position_blocks(y, z.mT):
-            y_block.copy_(_conv(weight, reconstruct(mu, z_block.mT, like=y_block).relu_()))
-        return y
+        def block(like: Tensor, z: Tensor) -> Tensor:
+            return _conv(weight, reconstruct(mu, z.mT, like).relu_())
+
+        return _by_blocks(block, like, z.mT, room=lambda: _empty_like(like, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -244,6 +250,22 @@ def _position_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     positions = max(1, tensors[0].shape[2])
     size = 512 if tensors[0].device.type == "cpu" else positions
     return zip(*(tensor.split(size, 2) for tensor in tensors), strict=True)
+
+
+def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor, room: Callable[[], Tensor]) -> Tensor:
+    """The results of ``function`` on the blocks of tensors (B, *, N), one behind the other in what ``room`` makes."""
+    blocks = list(_position_blocks(*tensors))
+    if len(blocks) == 1:
+        return function(*tensors)
+    result = room()
+    for (result_block,), block in zip(_position_blocks(result), blocks, strict=True):
+        result_block.copy_(function(*block))
+    return result
+
+
+def _empty_like(x: Tensor, weight: Tensor) -> Tensor:
+    """Room for ``_conv(weight, …)`` laid out as x (B, C, N); of ``weight``, for vmap to see what it maps over."""
+    return weight.new_empty(x.mT.shape).mT if is_channels_last(x) else weight.new_empty(x.shape)
 
 
 def _conv(weight: Tensor, x: Tensor) -> Tensor:

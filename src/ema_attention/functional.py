@@ -60,8 +60,8 @@ def em_attention(
     with y = x, or y = weight · x + bias where a ``weight`` is given (y is then never formed: the
     bases are taken to x instead, and the sums over x to y, which is exact). Then out = mu zᵀ, from the
     last bases and the last maps. A basis whose new direction is undefined (y z is zero or not finite)
-    keeps its old direction, so that the bases returned always have unit norm. Arithmetic is float32 or
-    wider, whatever the dtypes are and whether or not autocast is on.
+    keeps its old direction, so that the bases returned always have unit norm. The E- and M-steps are
+    float32 or wider, whatever the dtypes are and whether or not autocast is on; mu zᵀ is in x's dtype.
 
     Args:
         x: features, (B, C, *spatial) with one spatial dimension or more.
@@ -182,13 +182,12 @@ def attend(
     features = x.flatten(2)  # (B, C, N)
     positions = None if mask is None else mask.flatten(1)  # (B, N)
     bases, z = expectation_maximization(features, mu, stages, scale, gradient, positions, weight, bias, gather)
-    return restore(x, mu, bases, z)
+    return restore(features, x.shape[2:], mu, bases, z)
 
 
-def restore(x: Tensor, mu: Tensor, bases: Tensor, z: Tensor) -> EMAttention:
-    """The result for x (B, C, *spatial) and mu as they were given, from bases (B, C', K) and maps (B, N, K)."""
-    spatial = x.shape[2:]
-    out = reconstruct(bases, z, like=x.flatten(2)).unflatten(2, spatial)
+def restore(x: Tensor, spatial: torch.Size, mu: Tensor, bases: Tensor, z: Tensor) -> EMAttention:
+    """The result for x (B, C, N) and mu as they were given, from bases (B, C', K) and maps (B, N, K)."""
+    out = reconstruct(bases, z, like=x).unflatten(2, spatial)
     return EMAttention(out, bases.to(mu.dtype), z.to(x.dtype).mT.unflatten(2, spatial))
 
 
@@ -260,7 +259,7 @@ def check_arguments(
     bias: Tensor | None,
 ) -> None:
     check_settings(stages, scale, gradient)
-    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias), ("mask", mask)):
+    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
     if x.dim() < 3 or x.shape[1] < 1:
@@ -298,6 +297,8 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
     """Raises if ``mask`` is not a bool tensor over the positions of x (B, C, *spatial)."""
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor; got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where a position takes part; got {mask.dtype}")
     if mask.device != x.device:
@@ -312,6 +313,8 @@ def check_settings(stages: int, scale: float, gradient: str) -> None:
         raise TypeError(f"stages must be an int; got {type(stages).__name__}")
     if stages < 1:
         raise ValueError(f"stages must be at least 1; got {stages}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float; got {type(scale).__name__}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite; got {scale}")
     if gradient not in get_args(GradientMode):

@@ -19,6 +19,7 @@ from ema_attention.functional import (
     check_mask,
     check_settings,
     expectation_maximization,
+    is_channels_last,
     reconstruct,
     unit_norm,
 )
@@ -37,14 +38,17 @@ class EMAUnit(nn.Module):
     (1, C', K), a moving average over what EM found: each forward in training mode moves it, and eval
     leaves it alone. The new bases are averaged over the samples of the batch, of all ranks where
     torch.distributed is initialised (so every rank holds the same buffer, and every rank has to run the
-    forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite
-    counts for nothing. Where activation checkpointing runs a forward again, it starts from the bases that
-    the unit's last forward started from and moves nothing. (BatchNorm's running statistics move twice. And a
-    unit that runs more than once before a backward is recomputed from its last start only; and one that
-    torch.compile has compiled cannot tell: compile around the checkpoint, and allow graph breaks.)
+    forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite moves
+    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.)
 
-    ``conv1`` is 1×1 and never run as a convolution: its weights are folded into the bases (hooks on
-    it do not fire). With ``gradient="none"`` no gradient can reach it, and it is frozen.
+    Where activation checkpointing runs a forward again, it starts from the bases that the unit's last
+    forward started from and moves nothing. (BatchNorm's running statistics move twice. And a unit that runs
+    more than once before a backward is recomputed from its last start only; and one that torch.compile has
+    compiled cannot tell: compile around the checkpoint, and allow graph breaks.)
+
+    ``conv1`` is 1×1 and not run as a convolution: its weights are folded into the bases. (One with hooks,
+    or replaced by a module of another kind, is run.) With ``gradient="none"`` no gradient can reach it, and
+    it is frozen.
 
     Parameter names and shapes are those of the published EMANet weights.
 
@@ -83,7 +87,6 @@ class EMAUnit(nn.Module):
     """
 
     mu: Tensor
-    _mu_before: Tensor  # what the last forward in training mode started from
 
     def __init__(
         self,
@@ -112,6 +115,8 @@ class EMAUnit(nn.Module):
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be from 0 to 1; got {decay}")
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an int; got {type(channel_dim).__name__}")
         if channel_dim == 0:
             raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
         self.channels = channels
@@ -133,6 +138,7 @@ class EMAUnit(nn.Module):
         if device is not None or dtype is not None:
             self.conv2[1].to(device=device, dtype=dtype)
         self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # see collect_attention_maps
+        self._mu_before: Tensor | None = None  # what the last forward in training mode started from
         self.conv1.requires_grad_(gradient != "none")
         self.reset_parameters()
 
@@ -154,39 +160,50 @@ class EMAUnit(nn.Module):
             nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attends; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM."""
-        if x.dim() < 3 or not -x.dim() <= self.channel_dim < x.dim() or x.shape[self.channel_dim] != self.channels:
+        """Attends; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM.
+
+        BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+        dim = self.channel_dim
+        if x.dim() < 3 or not -x.dim() <= dim < x.dim() or dim % x.dim() == 0 or x.shape[dim] != self.channels:
             raise ValueError(
-                f"x must have 3 dimensions or more and {self.channels} channels in dimension {self.channel_dim}; "
+                f"x must have 3 dimensions or more and {self.channels} channels in dimension {dim}; "
                 f"got {tuple(x.shape)}"
             )
-        if x.dtype != self.conv1.weight.dtype and not autocasts(x.device):
-            raise TypeError(f"x must have the dtype of the unit, {self.conv1.weight.dtype}; got {x.dtype}")
-        channels_first = x.movedim(self.channel_dim, 1)
+        dtype = next(self.conv1.parameters(), self.mu).dtype
+        if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
+            raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
+        channels_first = x.movedim(dim, 1)
         check_mask(mask, channels_first)
         spatial = channels_first.shape[2:]
         features = channels_first.flatten(2)  # (B, C, N)
-        positions = None if mask is None else mask.flatten(1)
-        recomputes = self.training and not fast.is_tracing() and ModuleTracker().is_bw  # checkpointing, in a backward
-        mu_before = self._mu_before if recomputes else self.mu.clone()  # the buffer moves below, in place
+        start = self.mu.clone()  # the buffer moves below, in place
+        recomputes = False
         if self.training and not fast.is_tracing():
-            self._mu_before = mu_before
-        mu, z = expectation_maximization(
-            features,
-            mu_before,
-            self.stages,
-            self.scale,
-            self.gradient,
-            positions,
-            self.conv1.weight.flatten(1),
-            self.conv1.bias,
-        )
+            if self._mu_before is not None and ModuleTracker().is_bw:  # checkpointing, in a backward
+                recomputes, start = True, self._mu_before
+            self._mu_before = start.detach()
+        mu, z = self._attend(features, start, None if mask is None else mask.flatten(1))
+        y = self._project(features, mu, z)
         if self.training and not recomputes:
             self._move_bases(mu.detach(), z.detach())
         for maps, name in self.map_collectors:
             maps[name] = z.detach().mT.unflatten(2, spatial)
-        y: Tensor = self._project(features, mu, z).unflatten(2, spatial)
-        return y.movedim(1, self.channel_dim)
+        if not fast.is_tracing() and y.requires_grad and len(y) == 1:
+            y.register_hook(_with_batch_stride)
+        restored: Tensor = y.unflatten(2, spatial)
+        return restored.movedim(1, dim)
+
+    def _attend(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """EM on conv1(x), from bases mu: the bases (B, C', K) and maps (B, N, K)."""
+        conv = self.conv1
+        if type(conv).forward is nn.Conv2d.forward and not fast.is_patched(conv):
+            weight, bias = conv.weight.flatten(1), conv.bias
+        else:  # what it does is known to itself alone
+            x, weight, bias = conv(x.unsqueeze(2)).squeeze(2), None, None
+        return expectation_maximization(x, mu, self.stages, self.scale, self.gradient, mask, weight, bias)
 
     def _project(self, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
         """The rest of the unit, relu(x + conv2(relu(mu zᵀ))), (B, C, N)."""
@@ -194,12 +211,14 @@ class EMAUnit(nn.Module):
         # stride for which BatchNorm2d's gradient is wrong on a CPU (seen with PyTorch 2.15).
         if fast.stands_in_for(self.conv2, x):
             conv: Any = self.conv2[0]
-            norm: Any = self.conv2[1]
-            frozen = not fast.differentiates(x, mu, z, *self.conv2.parameters())
-            if frozen and not norm.training and norm.affine and norm.running_mean is not None:
+            norm = self.conv2[1]
+            if fast.is_foldable(norm) and not fast.differentiates(x, mu, z, *self.conv2.parameters()):
                 return fast.inference_tail(x, mu, z, conv, norm, self.final_relu)
             y: Tensor = norm(fast.reconstruct_conv(mu, z, conv.weight.flatten(1), like=x).unsqueeze(2))
-            y += x.unsqueeze(2)  # in place: BatchNorm's backward does not look at its output
+            if fast.is_plain(norm, nn.BatchNorm2d):
+                y += x.unsqueeze(2)  # in place: nobody, its backward included, looks at its output
+            else:
+                y = y + x.unsqueeze(2)
         else:
             y = x.unsqueeze(2) + self.conv2(F.relu(reconstruct(mu, z, like=x)).unsqueeze(2))
         y = y.relu_() if self.final_relu else y
@@ -225,9 +244,21 @@ class EMAUnit(nn.Module):
         else:
             self.mu.copy_(moved)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what belongs to a pass that is under way stays behind."""
+        return {**self.__dict__, "map_collectors": [], "_mu_before": None}
+
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, num_bases={self.num_bases}, stages={self.stages}, inner_channels={self.inner_channels}, "
             f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
             f"channel_dim={self.channel_dim}"
         )
+
+
+def _with_batch_stride(grad: Tensor) -> Tensor:
+    """A gradient (1, C, N) with the stride its batch dimension has in its layout.
+
+    Views of a batch of one may have any, and BatchNorm2d's gradient is wrong on a CPU for some (PyTorch 2.15).
+    """
+    return grad[0].mT[None].mT if is_channels_last(grad) else grad[0][None]

@@ -50,10 +50,13 @@ class TiledEMAttention:
     def __init__(
         self, mu: Tensor, *, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
-        if not mu.is_floating_point():
-            raise TypeError(f"mu must be of a real floating point dtype; got {mu.dtype}")
+        if not isinstance(mu, Tensor):
+            raise TypeError(f"mu must be a Tensor; got {type(mu).__name__}")
         if mu.dim() not in (2, 3):
             raise ValueError(f"mu must be (C', K), (1, C', K) or (B, C', K); got {tuple(mu.shape)}")
+        channels = mu.shape[-2:-1] if weight is None else weight.shape[-1:]
+        nothing = torch.empty(mu.shape[:-2].numel(), *channels, 0, device=mu.device)
+        check_arguments(nothing, mu, 1, scale, "none", None, weight, bias)
         self._dtype = mu.dtype
         self._scale = scale
         self._weight = None if weight is None else weight.detach()
@@ -69,9 +72,15 @@ class TiledEMAttention:
 
     @torch.no_grad()
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        r"""Adds a tile's part to the sums of the stage: x (B, C, \*spatial), mask (B, \*spatial)."""
+        r"""Adds a tile's part to the sums of the stage: x (B, C, \*spatial), mask (B, \*spatial).
+
+        Raises:
+            ValueError: for a tile that is not finite, besides what :func:`em_attention` raises.
+        """
         with without_autocast(x.device):
             sums = statistics(*self._expectation(x, self._mu, mask)).cpu().double()
+        if not sums.isfinite().all():
+            raise ValueError("x must be finite where it takes part; got a tile that is not")
         self._sums = sums if self._sums is None else self._sums + sums
 
     @torch.no_grad()
@@ -100,19 +109,26 @@ class TiledEMAttention:
             raise ValueError("attend needs a stage to have ended; got no step yet")
         with without_autocast(x.device):
             _, z = self._expectation(x, self._mu_before, mask)
-        return restore(x, self.mu, self._mu.to(z).expand(len(x), -1, -1), z)
+        return restore(x.flatten(2), x.shape[2:], self.mu, self._mu.to(z), z)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """The state between two calls, for ``torch.save``."""
         return {"mu": self._mu, "mu_before": self._mu_before, "sums": self._sums}
 
     def load_state_dict(self, state_dict: dict[str, Tensor | None]) -> None:
-        """Goes on from a :meth:`state_dict`."""
+        """Goes on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: for one of other tensors or shapes.
+        """
+        channels = self._mu.shape[1] if self._weight is None else self._weight.shape[1]
+        bases = tuple(self._mu.shape[1:])
+        expected = {"mu": bases, "mu_before": bases, "sums": (channels + 1, bases[1])}
+        got = {name: None if t is None else tuple(t.shape[1:]) for name, t in state_dict.items()}
+        if got.keys() != expected.keys() or any(got[k] not in (expected[k], None) for k in got) or got["mu"] is None:
+            raise ValueError(f"state_dict must hold tensors (B, *) of {expected}; got {got}")
         mu = state_dict["mu"]
-        expected = self._mu.shape[-2:]
-        if mu is None or mu.shape[-2:] != expected:
-            got = None if mu is None else tuple(mu.shape)
-            raise ValueError(f"state_dict must hold bases of {tuple(expected)}; got {got}")
+        assert mu is not None  # for the type checker
         self._mu, self._mu_before, self._sums = mu, state_dict["mu_before"], state_dict["sums"]
 
     def _expectation(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,6 +136,9 @@ class TiledEMAttention:
         mu = mu.to(x.device, torch.promote_types(self._dtype, torch.float32))
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
         check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
+        seen = self._mu if self._sums is None else self._sums  # whose batch size is that of the tiles so far
+        if len(x) != len(seen) and (self._sums is not None or self._mu_before is not None):
+            raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
         positions = None if mask is None else mask.flatten(1)  # (B, N)
         features, mu, projection = prepare(x.flatten(2), mu, positions, weight, bias)
         features = features.to(mu.dtype)
