@@ -178,7 +178,7 @@ def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
 def is_patched(module: nn.Module) -> bool:
     """Whether ``module`` has hooks or a forward of its own. (Hooks on all modules, as counters set, are let be.)"""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or (not is_tracing() and "forward" in vars(module))  # which PyTorch 2.6 cannot trace
 
 
 def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:

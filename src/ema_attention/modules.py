@@ -172,7 +172,7 @@ class EMAUnit(nn.Module):
                 f"x must have 3 dimensions or more and {self.channels} channels in dimension {dim}; "
                 f"got {tuple(x.shape)}"
             )
-        dtype = next(self.conv1.parameters(), self.mu).dtype
+        dtype = [*self.conv1.parameters(), self.mu][0].dtype
         if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
             raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
         channels_first = x.movedim(dim, 1)
