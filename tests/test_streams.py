@@ -4,6 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
@@ -64,10 +65,18 @@ def test_the_example_on_a_panning_camera(tmp_path: Path, capsys: pytest.CaptureF
     for i in range(4):
         Image.fromarray(photo[:, 8 * i : 8 * i + 300]).save(tmp_path / f"{i}.png")
     output = tmp_path / "picture.png"
-    video_stream.main([str(tmp_path), "--size", "128", "--bases", "6", "--output", str(output)])
+    objectives = []
+    plot = video_stream.plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_stream, "plot", lambda *args: objectives.extend(args) or plot(*args))
+        video_stream.main([str(tmp_path), "--size", "128", "--bases", "6", "--output", str(output)])
+    cold, warm, needed = objectives
+    # Which of many optima a start comes to depends on the last digit of the features, and so on the number of
+    # threads. That carried bases begin where a cold start has to climb to does not.
+    assert (warm[:, 0] > cold[:, 1]).all()
     text = capsys.readouterr().out
-    cold, warm = (float(re.search(rf"  {name} .* (\S+)\n", text)[1]) for name in ("cold", "warm"))
-    assert warm < cold
+    for name, counts in (("cold", needed[0]), ("warm", needed[1])):
+        assert re.search(rf"  {name} +{int(np.median(counts))} .* {counts.mean():.1f}\n", text)
     with Image.open(output) as picture:
         assert picture.width > 500
 
