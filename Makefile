@@ -44,7 +44,7 @@ test-floor: $(VENV)-floor/.installed
 
 $(VENV)-floor/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floor
-	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" numpy hypothesis pytest
+	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" numpy hypothesis pytest tqdm
 	@touch $@
 
 fuzz: $(INSTALLED)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Problem, problems
 from torch import Tensor
 
 from ema_attention import em_attention
 from ema_attention.tiled import TiledEMAttention
 from examples import larger_than_memory
+from tests.problems import Problem, problems
 
 
 def run(em: TiledEMAttention, stages: int, tiles: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor]:
