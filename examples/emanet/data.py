@@ -1,0 +1,337 @@
+"""Images with a mask of classes: CamVid's folders, PASCAL VOC through torchvision, and the published augmentation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.datasets import SBDataset, VOCSegmentation
+from torchvision.transforms import v2
+
+IGNORE = 255
+"""The label of pixels that count neither in the loss nor in the score."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLITS = ("train", "val", "test")
+
+Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
+"""An image (3, H, W), uint8, and its classes (H, W), int64."""
+
+
+class Segmentation(Dataset[Sample]):
+    """Images and masks in pairs of files.
+
+    Args:
+        pairs: the paths of an image and of its mask, a picture whose values are the classes.
+        names: of the classes.
+        colours: of the classes in pictures, RGB from 0 to 255.
+        ignore: the value of the masks that is no class; it becomes ``IGNORE``.
+        size: (H, W) that images and masks are scaled to; None leaves theirs.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[Path, Path]],
+        names: tuple[str, ...],
+        colours: tuple[tuple[int, int, int], ...],
+        ignore: int = IGNORE,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.names = names
+        self.colours = colours
+        self.ignore = ignore
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises ValueError, with the file's name, for one that is broken, of another size, or with other labels."""
+        image_path, mask_path = self.pairs[index]
+        image = tv_tensors.Image(read_picture(image_path, "RGB"))
+        mask = read_mask(mask_path)
+        if mask.shape != image.shape[1:]:
+            (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
+            raise ValueError(
+                f"{mask_path} must have the size of its image, {width}×{height}; got {mask_width}×{mask_height}"
+            )
+        mask = tv_tensors.Mask(mask.masked_fill(mask == self.ignore, IGNORE))
+        wrong = mask[(mask >= len(self.names)) & (mask != IGNORE)]
+        if len(wrong):
+            raise ValueError(
+                f"{mask_path} must have labels from 0 to {len(self.names) - 1}, or {self.ignore} where there is none; "
+                f"got {int(wrong[0])}"
+            )
+        if self.size is None:
+            return image, mask
+        return v2.functional.resize(image, self.size, antialias=True), v2.functional.resize(mask, self.size)
+
+
+def read_picture(path: Path, mode: str | None) -> Tensor:
+    """A picture file (C, H, W), uint8, in one of Pillow's modes; None leaves the values that are in the file.
+
+    Raises:
+        ValueError: for a file that is missing, broken or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return v2.functional.pil_to_tensor(picture.convert(mode) if mode else picture)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that Pillow can read") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some PNGs
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def read_mask(path: Path) -> Tensor:
+    """The classes (H, W), int64, of a picture of them, or of a MATLAB file of SBD.
+
+    Raises:
+        ValueError: for a file that is missing, broken or has several channels.
+    """
+    if path.suffix == ".mat":
+        try:
+            return torch.from_numpy(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int64))
+        except Exception as error:  # loadmat has many ways to say that a file is none of its own
+            raise ValueError(f"cannot read the mask {path}: {error}") from None
+    mask = read_picture(path, None).long()
+    if len(mask) != 1:
+        raise ValueError(f"{path} must have one channel, the classes; got {len(mask)}")
+    return mask[0]
+
+
+CAMVID_NAMES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "cyclist",
+)
+CAMVID_COLOURS = (
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (60, 40, 222),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
+)
+
+
+def camvid(root: Path, split: str, size: tuple[int, int] | None = None) -> Segmentation:
+    """CamVid (Brostow et al., 2009) with the 11 classes of SegNet: ``root/train/X.jpg`` with ``root/trainannot/X.png``.
+
+    Args:
+        root: the folder of the splits.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        size: (H, W) that images and masks are scaled to; None leaves theirs.
+
+    Raises:
+        ValueError: if a folder or a mask is missing, or there is no image.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
+    images, masks = root / split, root / f"{split}annot"
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise ValueError(f"CamVid needs the folder {folder}, which does not exist")
+    pairs = [(path, masks / f"{path.stem}.png") for path in sorted(images.iterdir()) if path.suffix in (".jpg", ".png")]
+    if not pairs:
+        raise ValueError(f"CamVid needs images in {images}; got none")
+    for image, mask in pairs:
+        if not mask.is_file():
+            raise ValueError(f"{image} needs its mask {mask}, which does not exist")
+    return Segmentation(pairs, CAMVID_NAMES, CAMVID_COLOURS, ignore=11, size=size)
+
+
+VOC_NAMES = (
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "dining table",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "potted plant",
+    "sheep",
+    "sofa",
+    "train",
+    "tv monitor",
+)
+
+
+VOC_COLOURS = tuple(
+    tuple(sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
+    for label in range(len(VOC_NAMES))
+)
+"""VOC's own colour map: from the lowest, a label's bits are red's, green's and blue's highest, then their next."""
+
+
+def voc(root: Path, split: str, download: bool = False) -> Segmentation:
+    """PASCAL VOC 2012 through torchvision; ``"train"`` is the usual set of 10,582 images, most with SBD's masks.
+
+    Args:
+        root: where torchvision keeps them: ``VOCdevkit`` and, for training, ``img`` and ``cls`` of SBD in ``sbd``.
+        split: ``"train"`` or ``"val"``.
+        download: whether to fetch what is missing.
+
+    Raises:
+        ValueError: for another split, or if the data is not under ``root``.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val'; got {split!r}")
+    try:
+        own, other = (VOCSegmentation(root, image_set=name, download=download) for name in (split, "val"))
+        pairs = dict(zip(own.images, own.masks, strict=True))
+        if split == "train":
+            known = {Path(path).stem for path in (*own.images, *other.images)}
+            for half in ("train", "val"):
+                more = SBDataset(root / "sbd", half, "segmentation", download and not (root / "sbd" / "cls").is_dir())
+                found = zip(more.images, more.masks, strict=True)
+                pairs |= {image: mask for image, mask in found if Path(image).stem not in known}
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"PASCAL VOC is not under {root}: {error}") from None
+    return Segmentation([(Path(image), Path(mask)) for image, mask in pairs.items()], VOC_NAMES, VOC_COLOURS)
+
+
+class RandomScale(v2.Transform):
+    """Scales images and masks by a factor that is uniform between two."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = self.low + (self.high - self.low) * torch.rand(()).item()
+        return {"size": [max(1, round(side * factor)) for side in v2.query_size(flat_inputs)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.resize(inpt, **params, antialias=True)
+
+
+def augmentation(crop: tuple[int, int], scales: tuple[float, float] = (0.5, 2.0)) -> v2.Compose:
+    """The published augmentation of samples: scale, crop (height, width), flip; then :data:`normalisation`."""
+    fill = {tv_tensors.Image: tuple(round(255 * mean) for mean in IMAGENET_MEAN), tv_tensors.Mask: IGNORE}
+    random_crop = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
+    return v2.Compose([RandomScale(*scales), random_crop, v2.RandomHorizontalFlip(), normalisation])
+
+
+normalisation = v2.Compose(
+    [
+        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+)
+"""From 0–255 to what torchvision's backbones expect; masks pass."""
+
+
+class Normalised(Dataset[tuple[Tensor, Tensor]]):
+    """Samples as they are, with the image normalised."""
+
+    def __init__(self, dataset: Segmentation) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return normalisation(*self.dataset[index])
+
+
+class Drawn(Dataset[tuple[Tensor, Tensor]]):
+    """Samples after random transforms that depend on (seed, epoch, index) alone: not on workers, order or resuming.
+
+    Its keys are pairs (epoch, index).
+    """
+
+    def __init__(self, dataset: Dataset[Sample], transform: v2.Transform, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        sample = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            seed_everything(self.seed, epoch, index)
+            return self.transform(*sample)
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """The keys of the samples of each step, from step ``first`` on: every epoch in an order of its own.
+
+    Each rank gets its share of the batch; what is left of an epoch after its last full batch is left out.
+
+    Raises:
+        ValueError: for a batch larger than the data set, or one that ranks cannot share evenly.
+    """
+
+    def __init__(
+        self, length: int, batch: int, first: int, last: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if not 1 <= batch <= length:
+            raise ValueError(f"the batch must be from 1 to {length}, the number of samples; got {batch}")
+        if batch % ranks:
+            raise ValueError(f"the batch must be a multiple of the {ranks} processes that share it; got {batch}")
+        self.length, self.batch, self.first, self.last = length, batch, first, last
+        self.seed, self.rank, self.ranks = seed, rank, ranks
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.last):
+            epoch, batch = divmod(step, self.length // self.batch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            chosen = order[batch * self.batch : (batch + 1) * self.batch]
+            yield [(epoch, int(index)) for index in chosen[self.rank :: self.ranks]]
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds PyTorch's generators from several numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a command needs to be told for :func:`open_data`."""
+    parser.add_argument("--data", choices=("camvid", "voc"), required=True, help="the data set")
+    parser.add_argument("--root", type=Path, required=True, help="its folder")
+    parser.add_argument("--download", action="store_true", help="fetch PASCAL VOC into the folder")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="scale CamVid's images (default: as they are)"
+    )
+
+
+def open_data(args: argparse.Namespace, split: str) -> Segmentation:
+    """The split of the data set that the arguments name. Raises ValueError if it is not there."""
+    if args.data == "camvid":
+        return camvid(args.root, split, args.size)
+    return voc(args.root, split, args.download)
