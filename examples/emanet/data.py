@@ -188,11 +188,9 @@ VOC_NAMES = (
 )
 
 
-VOC_COLOURS = tuple(
-    tuple(sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
-    for label in range(len(VOC_NAMES))
-)
-"""VOC's own colour map: from the lowest, a label's bits are red's, green's and blue's highest, then their next."""
+def voc_colour(label: int) -> tuple[int, int, int]:
+    """VOC's own colour of a label: from the lowest, its bits are red's, green's and blue's highest, then their next."""
+    return tuple(sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3))
 
 
 def voc(root: Path, split: str, download: bool = False) -> Segmentation:
@@ -219,7 +217,11 @@ def voc(root: Path, split: str, download: bool = False) -> Segmentation:
                 pairs |= {image: mask for image, mask in found if Path(image).stem not in known}
     except (RuntimeError, OSError) as error:
         raise ValueError(f"PASCAL VOC is not under {root}: {error}") from None
-    return Segmentation([(Path(image), Path(mask)) for image, mask in pairs.items()], VOC_NAMES, VOC_COLOURS)
+    return Segmentation(
+        [(Path(image), Path(mask)) for image, mask in pairs.items()],
+        VOC_NAMES,
+        tuple(map(voc_colour, range(len(VOC_NAMES)))),
+    )
 
 
 class RandomScale(v2.Transform):

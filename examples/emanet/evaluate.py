@@ -18,8 +18,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms.v2.functional import horizontal_flip, resize
 from tqdm import tqdm
 
-from examples.emanet.checkpoint import load_network
 from examples.emanet.data import IGNORE, Normalised, Segmentation, add_data_arguments, open_data
+from examples.emanet.published import load_network
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -78,19 +78,17 @@ def iou_table(names: Sequence[str], iou: Tensor) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.emanet.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="a network that examples.emanet.train wrote")
+    parser.add_argument("checkpoint", type=Path, help="a network: that examples.emanet.train wrote, or published")
     add_data_arguments(parser)
     parser.add_argument("--split", default="val", help="of the data (default: %(default)s)")
     parser.add_argument("--multi-scale", action="store_true", help=f"at the scales {PAPER_SCALES}, each mirrored too")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model, checkpoint = load_network(args.checkpoint)
+        model, _, names, _ = load_network(args.checkpoint)
         dataset = open_data(args, args.split)
-        if tuple(checkpoint["names"]) != dataset.names:
-            raise ValueError(
-                f"{args.checkpoint} must be trained for the classes of the data; got {checkpoint['names']}"
-            )
+        if names != dataset.names:
+            raise ValueError(f"{args.checkpoint} must be of a network for the classes {dataset.names}; got {names}")
         iou = evaluate(
             model.to(device), dataset, device, PAPER_SCALES if args.multi_scale else (1.0,), args.multi_scale
         )

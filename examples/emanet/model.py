@@ -2,19 +2,22 @@
 
 backbone → 3×3 conv, BN, ReLU → EMAU → 3×3 conv, BN, ReLU, dropout → 1×1 conv → bilinear upsampling.
 
-The backbone is torchvision's ResNet with dilation in its last stages; the published one has a stem of
-three 3×3 convolutions instead of one 7×7, and dilates the last stage by a multi-grid.
+The backbone is torchvision's ResNet with dilation in its last stages. The published one has a deep stem and
+a multi-grid besides: ``emanet("resnet101", stem_channels=128, multi_grid=(1, 2, 4))``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model
+from torchvision.models import ResNet, WeightsEnum, get_model
+from torchvision.models.resnet import conv1x1, conv3x3
 
 from ema_attention import EMAUnit
+from ema_attention.functional import GradientMode
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 DILATED_STAGES = {8: ("layer3", "layer4"), 16: ("layer4",)}
@@ -34,7 +37,13 @@ class EMANet(nn.Module):
         channels: of the attention unit; 512 and 256 are published.
         num_bases: K of the unit.
         stages: T of the unit.
+        gradient: of the unit.
+        concat_input: one more 3×3 conv, BN, ReLU before the last, on the features and what was made of them,
+            as in mmsegmentation.
     """
+
+    align_corners = True
+    """Of the upsampling. The models of mmsegmentation at 512×1024, not those at 769×769, have False."""
 
     def __init__(
         self,
@@ -44,19 +53,24 @@ class EMANet(nn.Module):
         channels: int = 512,
         num_bases: int = 64,
         stages: int = 3,
+        gradient: GradientMode = "none",
+        concat_input: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.fc0 = ConvNormReLU(in_channels, channels)
-        self.emau = EMAUnit(channels, num_bases, stages)
+        self.emau = EMAUnit(channels, num_bases, stages, gradient=gradient)
         self.fc1 = nn.Sequential(ConvNormReLU(channels, 256), nn.Dropout2d(0.1))
+        self.conv_cat = ConvNormReLU(in_channels + 256, 256) if concat_input else None
         self.fc2 = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """The logits (B, num_classes, H, W) of an image (B, 3, H, W)."""
-        x = self.fc0(self.backbone(image))
-        x = self.fc2(self.fc1(self.emau(x)))
-        return F.interpolate(x, size=image.shape[-2:], mode="bilinear", align_corners=True)
+        features = self.backbone(image)
+        x = self.fc1(self.emau(self.fc0(features)))
+        if self.conv_cat is not None:
+            x = self.conv_cat(torch.cat([features, x], 1))
+        return F.interpolate(self.fc2(x), size=image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
 
 class ConvNormReLU(nn.Sequential):
@@ -74,7 +88,11 @@ def emanet(
     channels: int = 512,
     num_bases: int = 64,
     stages: int = 3,
+    gradient: GradientMode = "none",
     weights_backbone: WeightsEnum | str | None = None,
+    stem_channels: int | None = None,
+    multi_grid: tuple[int, ...] | None = None,
+    concat_input: bool = False,
 ) -> EMANet:
     """Builds an :class:`EMANet` on a ResNet of torchvision.
 
@@ -85,25 +103,66 @@ def emanet(
         channels: of the attention unit.
         num_bases: K of the unit.
         stages: T of the unit.
+        gradient: of the unit.
         weights_backbone: of the backbone, as torchvision takes them: None for random ones, ``"DEFAULT"``
-            for its best (a download).
+            for its best (a download), which have no deep stem.
+        stem_channels: of a deep stem; None for torchvision's 7×7 convolution. See :func:`deepen_stem`.
+        multi_grid: by what the dilation of each block of the last stage is multiplied; None for 1.
+        concat_input: see :class:`EMANet`.
 
     Raises:
-        ValueError: for a backbone or an output stride that is not one of those.
+        ValueError: for a backbone or an output stride that is not one of those, weights with a deep stem, stem
+            channels or a multi-grid that do not fit the backbone.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {BACKBONES}; got {backbone!r}")
+    if stem_channels is not None and weights_backbone is not None:
+        raise ValueError(f"stem_channels must be None with torchvision's weights; got {stem_channels}")
     resnet = get_model(backbone, weights=weights_backbone)
-    features = resnet_features(resnet, output_stride)
-    return EMANet(features, resnet.fc.in_features, num_classes, channels, num_bases, stages)
+    if stem_channels is not None:
+        deepen_stem(resnet, stem_channels)
+    features = resnet_features(resnet, output_stride, multi_grid)
+    return EMANet(features, resnet.fc.in_features, num_classes, channels, num_bases, stages, gradient, concat_input)
 
 
-def resnet_features(resnet: nn.Module, output_stride: int) -> nn.Sequential:
+def deepen_stem(resnet: ResNet, channels: int) -> None:
+    """Replaces a torchvision ResNet's 7×7 convolution by three 3×3, to half the channels, again half, and all.
+
+    The published backbone has 128 channels there, mmsegmentation's ResNetV1c 64. The names are those of timm's
+    ResNets with a deep stem.
+    """
+    block = resnet.layer1[0]
+    if channels < 2 or channels % 2:
+        raise ValueError(f"stem_channels must be even and at least 2; got {channels}")
+    if channels != block.conv1.in_channels and block.downsample is None:
+        raise ValueError(f"stem_channels must be {block.conv1.in_channels} for ResNet-18 and 34; got {channels}")
+    half = channels // 2
+    resnet.conv1 = nn.Sequential(
+        conv3x3(3, half, stride=2),
+        nn.BatchNorm2d(half),
+        nn.ReLU(inplace=True),
+        conv3x3(half, half),
+        nn.BatchNorm2d(half),
+        nn.ReLU(inplace=True),
+        conv3x3(half, channels),
+    )
+    resnet.bn1 = nn.BatchNorm2d(channels)
+    new = [resnet.conv1[0], resnet.conv1[3], resnet.conv1[6]]
+    if channels != block.conv1.in_channels:
+        block.conv1 = conv1x1(channels, block.conv1.out_channels)
+        block.downsample[0] = conv1x1(channels, block.downsample[0].out_channels)
+        new += [block.conv1, block.downsample[0]]
+    for conv in new:
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+
+
+def resnet_features(resnet: ResNet, output_stride: int, multi_grid: tuple[int, ...] | None = None) -> nn.Sequential:
     """A torchvision ResNet up to its last stage, at the given output stride, under the names it has there.
 
     The convolutions are changed in place. One that loses its stride s computes its old outputs at every
     s-th position, so those that follow step s times as wide: torchvision's own
-    ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have.
+    ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have. The multi-grid multiplies the
+    dilations that layer4 then has: at output stride 8 those of ResNet-101, 2, 4, 4, become 2, 8, 16 by 1, 2, 4.
     """
     if output_stride not in DILATED_STAGES:
         raise ValueError(f"output_stride must be one of {tuple(DILATED_STAGES)}; got {output_stride}")
@@ -117,4 +176,14 @@ def resnet_features(resnet: nn.Module, output_stride: int) -> nn.Sequential:
                 conv.dilation = conv.padding = (dilation, dilation)
                 dilation *= conv.stride[0]
             conv.stride = (1, 1)
+    if multi_grid is not None:
+        if len(multi_grid) != len(features.layer4) or min(multi_grid) < 1:
+            raise ValueError(
+                f"multi_grid must have a factor of at least 1 for each of layer4's {len(features.layer4)} blocks; "
+                f"got {multi_grid}"
+            )
+        for factor, block in zip(multi_grid, features.layer4, strict=True):
+            for conv in block.modules():
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (factor * conv.dilation[0], factor * conv.dilation[1])
     return features

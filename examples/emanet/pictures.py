@@ -59,3 +59,23 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
     patches = [Patch(color=[c / 255 for c in colour], label=name) for name, colour in zip(names, colours, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 3 * count), fontsize="small")
     return figure
+
+
+def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: Colours) -> Figure:
+    """Predicted classes (H, W) over their image (3, H, W), uint8, with the share of each."""
+    height, width = classes.shape
+    blend = (image.permute(1, 2, 0).float() + colour_classes(classes, colours).float()) / 2
+    figure = Figure(figsize=(8, 8 * height / width + 0.8), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(blend.to(torch.uint8).numpy())
+    ax.set(xticks=[], yticks=[])
+    shares = {
+        int(label): int(count) / classes.numel()
+        for label, count in zip(*classes.unique(return_counts=True), strict=True)
+    }
+    patches = [
+        Patch(color=[c / 255 for c in colours[label]], label=f"{names[label]} {share:.1%}")
+        for label, share in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize="small")
+    return figure

@@ -127,7 +127,7 @@ def fit(
     device = torch.device(device)
     if ranks > 1 and device.type == "cuda":  # on a CPU PyTorch has none
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = recipe.norm_momentum
@@ -245,7 +245,7 @@ def agree(flag: bool, device: torch.device) -> bool:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives every process the first one's running statistics; where SyncBatchNorm makes them, they are equal already."""
+    """Gives every process the first one's running statistics (SyncBatchNorm's are equal already)."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
 
@@ -273,6 +273,15 @@ def process_group() -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def load_backbone(model: nn.Module, path: Path) -> None:
+    """Loads a state_dict of torchvision's into the backbone. Raises ValueError if it does not fit."""
+    state = {name: value for name, value in load_checkpoint(path).items() if not name.startswith("fc.")}
+    try:
+        model.backbone.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"{path} must hold the weights of the backbone: its names or shapes are others") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -311,7 +320,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         network["num_classes"] = len(train_set.names)
         seed_everything(recipe.seed)
-        model = emanet(**network, weights_backbone=args.weights_backbone)
+        weights = args.weights_backbone
+        model = emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
+        if weights not in ("DEFAULT", "none"):
+            load_backbone(model, Path(weights))
         with process_group() as device:
             history = fit(
                 model, train_set, val_set, augmentation(args.crop), recipe, args.folder, device, args.resume, network

@@ -1,0 +1,299 @@
+"""Tables and pictures of what a block adds to a network, from the rows that ``benchmarks.sweep`` has written.
+
+python -m benchmarks.accuracy                          report.md and its pictures, beside the rows
+python -m benchmarks.accuracy --measure                times of the networks first: on a machine that does nothing else
+python -m benchmarks.accuracy --readme README.md       also the table between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.measure import environment, interleaved, macs, parameters, summary
+from benchmarks.pictures import COLOURS, MARKERS, UNIT_COLOUR, png
+from benchmarks.report import markdown_table, update_readme, write_atomically
+from benchmarks.sweep import (
+    BASES,
+    BLOCKS,
+    EVALUATED_STAGES,
+    FIXED_BASES,
+    RESULTS,
+    SEEDS,
+    STAGES,
+    STREET_SIZE,
+    TASKS,
+    read_rows,
+)
+from examples.digit_scenes import SIZE
+from examples.emanet.data import CAMVID_NAMES
+
+Rows = Sequence[dict[str, Any]]
+FOLDER = RESULTS.parent
+README_MARKERS = ("<!-- accuracy table: begin -->", "<!-- accuracy table: end -->")
+TITLES = {
+    "digits": "Digits that equal the key: what has to be known is far away",
+    "mobilenet": "CamVid, MobileNetV2 with ImageNet's weights",
+    "resnet18": "CamVid, ResNet-18 from scratch",
+}
+UNIT = "EMAUnit, none"
+"""The paper's settings."""
+
+
+def runs_of(rows: Rows, task: str, block: str) -> Rows:
+    """The rows of a block on a task, a seed each."""
+    return [row for row in rows if (row["task"], row["block"]) == (task, block)]
+
+
+def percent(iou: Sequence[float]) -> float:
+    """The mean over the classes."""
+    return 100 * torch.tensor(iou).nanmean().item()
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of a sample, or what there is of it."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1 seed)"
+    deviation = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return deviation if len(values) > 2 else f"{deviation} (2 seeds)"
+
+
+def measure_networks(device: str, seconds: float = 60) -> dict[str, Any]:
+    """Parameters, MACs and time of the network of every task and block: a forward of one image, and a training step."""
+    results: dict[str, Any] = {"environment": environment(device), "networks": {}}
+    for name, task in tqdm(TASKS.items(), "measuring", unit="task"):
+        size = (SIZE, SIZE) if name == "digits" else STREET_SIZE
+        images = torch.randn(task.recipe.batch, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+        networks = {
+            block: task.network(BLOCKS[block]).to(device, memory_format=torch.channels_last) for block in BLOCKS
+        }
+        rows = {
+            block: {"parameters": parameters(network), "macs": macs(network.eval(), images[:1])}
+            for block, network in networks.items()
+        }
+        for kind, make in (("forward", forward_of), ("training step", step_of)):
+            calls = {block: make(network, images) for block, network in networks.items()}
+            for block, samples in interleaved(calls, seconds=seconds, device=device).items():
+                rows[block][kind] = summary(samples)
+        results["networks"][name] = {"batch": task.recipe.batch, "size": size, "blocks": rows}
+    return results
+
+
+def forward_of(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A forward of one image in eval mode."""
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return network.eval()(images[:1])
+
+    return forward
+
+
+def step_of(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A forward and a backward of a batch in training mode."""
+
+    def step() -> None:
+        network.train().zero_grad()
+        network(images).square().mean().backward()
+
+    return step
+
+
+def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
+    """What each block adds: IoU on the test set over seeds, beside what the network costs."""
+    costs = networks["networks"][task]
+    head = ["block", "mIoU", "seeds", "parameters", "GMAC", "forward, ms", "training step, ms"]
+    if task == "digits":
+        head[1:1] = ["IoU of the wanted digits"]
+    cells = []
+    for block in BLOCKS:
+        runs, cost = runs_of(rows, task, block), costs["blocks"][block]
+        scores = [spread([percent(run["test"]) for run in runs])]
+        if task == "digits":
+            scores = [spread([100 * run["test"][1] for run in runs]), *scores]
+        times = [f"{1e3 * cost[kind]['median']:.3g}" for kind in ("forward", "training step")]
+        cost_cells = [f"{cost['parameters'] / 1e6:.3f} M", f"{cost['macs'] / 1e9:.3f}", *times]
+        cells.append([block, *scores, str(len(runs)), *cost_cells])
+    return markdown_table(head, cells)
+
+
+def class_table(rows: Rows, task: str) -> list[str]:
+    """The mean IoU of every class over the seeds."""
+    cells = []
+    for block in BLOCKS:
+        runs = runs_of(rows, task, block)
+        if runs:
+            means = 100 * torch.tensor([run["test"] for run in runs]).mean(0)
+            cells.append([block, *(f"{value:.1f}" for value in means.tolist())])
+    return markdown_table(["block", *CAMVID_NAMES], cells)
+
+
+def plot_learning(rows: Rows, task: str, ylabel: str) -> Figure:
+    """MIoU on the validation set over the steps: a line through the seeds' mean, a band from the least to the most."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    for i, block in enumerate(BLOCKS):
+        runs = runs_of(rows, task, block)
+        if not runs:
+            continue
+        curves = {int(step): [percent(run["val"][step]) for run in runs] for step in runs[0]["val"]}
+        steps, values = list(curves), list(curves.values())
+        means = [statistics.mean(seeds) for seeds in values]
+        colour = UNIT_COLOUR if block.startswith("EMAUnit") else COLOURS[i]
+        dash = {"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-")
+        width = 2.4 if block.startswith("EMAUnit") else 1.4
+        label = f"{block} ({len(runs)} seeds)" if len(runs) != len(SEEDS) else block
+        ax.plot(steps, means, dash, color=colour, marker=MARKERS[i], markersize=5, linewidth=width, label=label)
+        ax.fill_between(
+            steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0
+        )
+    ax.set(xlabel="training steps", ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def plot_bases(rows: Rows) -> Figure:
+    """Scores against the number of bases K, and without the moving average; a line through the means."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    scores = {k: [percent(run["test"]) for run in runs_of(rows, "mobilenet", name)] for k, name in BASES.items()}
+    scores = {k: values for k, values in scores.items() if values}
+    for k, values in scores.items():
+        ax.plot([k] * len(values), values, "o", color=UNIT_COLOUR, alpha=0.5)
+    ax.plot(
+        list(scores), [statistics.mean(values) for values in scores.values()], color=UNIT_COLOUR, label="moving average"
+    )
+    fixed = [percent(run["test"]) for run in runs_of(rows, "mobilenet", FIXED_BASES)]
+    if fixed:
+        ax.plot([64] * len(fixed), fixed, "X", color=COLOURS[1], label="fixed bases, K = 64")
+    nothing = [percent(run["test"]) for run in runs_of(rows, "mobilenet", "no block")]
+    if nothing:
+        ax.axhline(statistics.mean(nothing), color="#000000", linestyle="--", linewidth=1, label="no block")
+    ax.set(xscale="log", xticks=list(BASES), xticklabels=list(BASES), xlabel="bases K", ylabel="mIoU on test [%]")
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def plot_stages(rows: Rows) -> Figure:
+    """MIoU for each number of EM stages in training and in evaluation, the mean over the seeds."""
+    trained = [stages for stages, name in STAGES.items() if runs_of(rows, "mobilenet", name)]
+    grid = torch.tensor(
+        [
+            [
+                statistics.mean(
+                    percent(run["test_by_stages"][str(t)]) for run in runs_of(rows, "mobilenet", STAGES[stages])
+                )
+                for t in EVALUATED_STAGES
+            ]
+            for stages in trained
+        ]
+    )
+    figure = Figure(figsize=(7.5, 1.6 + 0.6 * len(trained)), layout="constrained")
+    ax = figure.subplots()
+    heat = ax.imshow(grid.numpy(), cmap="cividis", aspect="auto")
+    middle = (grid.min() + grid.max()) / 2
+    for row, column in torch.cartesian_prod(*map(torch.arange, grid.shape)).tolist():
+        value = grid[row, column]
+        ax.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
+    labels = [f"{stages} ({len(runs_of(rows, 'mobilenet', STAGES[stages]))} seeds)" for stages in trained]
+    ax.set(xticks=range(len(EVALUATED_STAGES)), xticklabels=EVALUATED_STAGES, xlabel="EM stages in evaluation")
+    ax.set(yticks=range(len(trained)), yticklabels=labels, ylabel="EM stages in training")
+    figure.colorbar(heat, label="mIoU on test [%]")
+    return figure
+
+
+def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]]:
+    """The report and its pictures, by the names of their files; what has no run yet is left out."""
+    env = networks["environment"]
+    pictures = {}
+    lines = [
+        "# What each block adds",
+        "",
+        "The same network with each block in the same place, trained end to end. A run is a seed: trained on the",
+        "training set, its checkpoint chosen on the validation set, reported on the test set. mIoU in percent, mean ±",
+        "standard deviation over seeds. The word behind EMAUnit is its `gradient`; `none` is the paper.",
+        "",
+        "Rows: `python -m benchmarks.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
+        f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
+        f"threads {env['threads']}, PyTorch {env['torch']}; medians, the networks in turns.",
+        "",
+    ]
+    for task, title in TITLES.items():
+        if not any(row["task"] == task for row in rows):
+            continue
+        recipe = next(row["recipe"] for row in rows if row["task"] == task)
+        lines += [f"## {title}", "", f"Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'seed')}.", ""]
+        lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
+        pictures[f"{task}.png"] = plot_learning(rows, task, "mIoU on val [%]")
+        if task != "digits":
+            lines += ["IoU of every class, mean over the seeds:", "", *class_table(rows, task), ""]
+    if any(row["block"] in BASES.values() and row["block"] != UNIT for row in rows):
+        pictures["bases.png"] = plot_bases(rows)
+        lines += ["## Bases and moving average", "", "![mIoU against K](bases.png)", ""]
+    if any(row["block"] in STAGES.values() and row["block"] != UNIT for row in rows):
+        pictures["stages.png"] = plot_stages(rows)
+        lines += ["## EM stages in training and in evaluation", "", "![mIoU for each pair](stages.png)", ""]
+    return "\n".join(lines), pictures
+
+
+def readme_table(rows: Rows, networks: dict[str, Any]) -> str:
+    """For each task, the score of every block, and its network's cost beside them."""
+    tasks = [task for task in TITLES if any(row["task"] == task for row in rows)]
+    cells = []
+    for block in BLOCKS:
+        scores = []
+        for task in tasks:
+            runs = runs_of(rows, task, block)
+            scores.append(spread([100 * run["test"][1] if task == "digits" else percent(run["test"]) for run in runs]))
+        cells.append([block, *scores])
+    heads = {
+        "digits": "digit scenes, IoU",
+        "mobilenet": "CamVid, MobileNetV2, mIoU",
+        "resnet18": "CamVid, ResNet-18, mIoU",
+    }
+    lines = markdown_table(["block", *(heads[task] for task in tasks)], cells)
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--results", type=Path, default=FOLDER, help="the folder of rows and report (default: %(default)s)"
+    )
+    parser.add_argument("--measure", action="store_true", help="measure the networks' costs first: five minutes")
+    parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
+    args = parser.parse_args(arguments)
+    costs = args.results / "costs.json"
+    try:
+        rows = read_rows(args.results / RESULTS.name)
+        if args.measure:
+            networks = measure_networks("cuda" if torch.cuda.is_available() else "cpu")
+            write_atomically(costs, json.dumps(networks, indent=1).encode())
+        networks = json.loads(costs.read_text())
+        text, pictures = report(rows, networks)
+        write_atomically(args.results / "report.md", text.encode())
+        for name, figure in pictures.items():
+            write_atomically(args.results / name, png(figure))
+        if args.readme:
+            update_readme(args.readme, README_MARKERS, readme_table(rows, networks))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+    print(args.results / "report.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""EMANet's training: the recipe, resuming, several processes, checkpoints, and the commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from examples.emanet import evaluate as evaluate_command
+from examples.emanet import train
+from examples.emanet.checkpoint import load_checkpoint, save_checkpoint
+from examples.emanet.data import CAMVID_NAMES, Batches, Drawn, augmentation, camvid, seed_everything
+from examples.emanet.evaluate import evaluate, iou_table, mean_iou, segment
+from examples.emanet.model import EMANet
+from examples.emanet.published import load_network
+from examples.emanet.train import Recipe, fit, parameter_groups
+from tests.test_distributed import run_on_ranks
+
+RECIPE = Recipe(steps=6, batch=4, evaluate_every=3)
+SIZE = (24, 32)
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes in CamVid's layout in which the brightness tells the class."""
+    root = tmp_path_factory.mktemp("camvid")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3), ("test", 2)):
+        for folder in (split, f"{split}annot"):
+            (root / folder).mkdir()
+        for i in range(count):
+            mask = np.kron(random.integers(0, 12, (3, 4)), np.ones((8, 8))).astype(np.uint8)
+            noise = random.integers(0, 10, (*SIZE, 3))
+            Image.fromarray((20 * mask[..., None] + noise).astype(np.uint8)).save(root / split / f"{i}.jpg", quality=95)
+            Image.fromarray(mask).save(root / f"{split}annot" / f"{i}.png")
+    return root
+
+
+def tiny_emanet() -> EMANet:
+    seed_everything(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.BatchNorm2d(16), nn.ReLU())
+    return EMANet(backbone, 16, len(CAMVID_NAMES), channels=8, num_bases=4)
+
+
+class InterruptedAt(Dataset[Any]):
+    """Gives a signal to its own process when a sample is asked for the n-th time."""
+
+    def __init__(self, dataset: Any, n: int) -> None:
+        self.dataset, self.n = dataset, n
+        self.names, self.colours = dataset.names, dataset.colours
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        self.n -= 1
+        if self.n == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.dataset[index]
+
+
+def train_tiny(
+    root: Path, folder: Path, resume: bool = False, interrupt_at: int | None = None
+) -> dict[int, list[float]]:
+    train_set = camvid(root, "train")
+    if interrupt_at is not None:
+        train_set = InterruptedAt(train_set, interrupt_at)
+    return fit(tiny_emanet(), train_set, camvid(root, "val"), augmentation((16, 24)), RECIPE, folder, resume=resume)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """The same values bit for bit, in tensors inside of dicts and lists."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(actual[key], value)
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, Tensor):
+        assert torch.equal(actual, expected)
+    else:
+        assert actual == expected or (actual != actual and expected != expected)  # NaN: a class that is nowhere
+
+
+@pytest.mark.parametrize("interrupted_step", [2, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    streets: Path, tmp_path: Path, interrupted_step: int
+) -> None:
+    whole = train_tiny(streets, tmp_path / "whole")
+    part = train_tiny(streets, tmp_path / "resumed", interrupt_at=RECIPE.batch * interrupted_step)
+    assert load_checkpoint(tmp_path / "resumed" / "last.pt")["step"] == interrupted_step
+    assert RECIPE.steps not in part
+    resumed = train_tiny(streets, tmp_path / "resumed", resume=True)
+    assert_same(resumed, whole)
+    for name in ("last.pt", "best.pt"):
+        assert_same(load_checkpoint(tmp_path / "resumed" / name), load_checkpoint(tmp_path / "whole" / name))
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_another_recipe(streets: Path, tmp_path: Path) -> None:
+    save_checkpoint({"model": {}, "recipe": {**train.asdict(RECIPE), "lr": 1.0}}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="holds a run already"):
+        train_tiny(streets, tmp_path)
+    with pytest.raises(ValueError, match=r"lr = 1.0; got lr = 0.009"):
+        train_tiny(streets, tmp_path, resume=True)
+
+
+def test_training_learns(streets: Path, tmp_path: Path) -> None:
+    recipe = Recipe(steps=60, batch=4, lr=0.1, norm_momentum=0.1, evaluate_every=30)
+    fitted = tiny_emanet()
+    untrained = mean_iou(evaluate(fitted, camvid(streets, "val")))
+    history = fit(
+        fitted, camvid(streets, "train"), camvid(streets, "val"), augmentation(SIZE, (1, 1)), recipe, tmp_path
+    )
+    assert mean_iou(history[60]) > untrained + 0.1
+
+
+def test_the_groups_are_the_published_ones() -> None:
+    model = tiny_emanet()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain, biases = (
+        ({names[id(p)] for p in group["params"]}, group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, Recipe())
+    )
+    assert decayed == (
+        {"backbone.0.weight", "fc0.conv.weight", "emau.conv2.0.weight", "fc1.0.conv.weight", "fc2.weight"},
+        9e-3,
+        1e-4,
+    )
+    norms = ("backbone.1", "fc0.bn", "emau.conv2.1", "fc1.0.bn")
+    assert plain == ({f"{norm}.weight" for norm in norms}, 9e-3, 0)
+    assert biases == ({f"{norm}.bias" for norm in (*norms, "backbone.0", "fc2")}, 18e-3, 0)
+
+
+def test_the_learning_rate_is_poly(streets: Path, tmp_path: Path) -> None:
+    train_tiny(streets, tmp_path, interrupt_at=4 * RECIPE.batch)
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    rates = [group["lr"] for group in checkpoint["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([factor * 9e-3 * (1 - 4 / 6) ** 0.9 for factor in (1, 1, 2)])
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(streets: Path) -> None:
+    drawn = Drawn(camvid(streets, "train"), augmentation((16, 24)), seed=3)
+    image, mask = drawn[1, 4]
+    torch.manual_seed(7)
+    again, mask_again = drawn[1, 4]
+    assert torch.equal(image, again)
+    assert torch.equal(mask, mask_again)
+    for other in (drawn[2, 4], Drawn(camvid(streets, "train"), augmentation((16, 24)), seed=4)[1, 4]):
+        assert not torch.equal(image, other[0])
+
+
+def test_the_processes_share_each_batch_and_resuming_goes_on() -> None:
+    whole = list(Batches(10, 4, 0, 6, seed=1))
+    assert len(whole) == 6
+    assert all(
+        sorted(i for _, i in a + b) == sorted({i for _, i in a + b})
+        for a, b in zip(whole[::2], whole[1::2], strict=True)
+    )
+    assert [{epoch for epoch, _ in batch} for batch in whole] == [{0}, {0}, {1}, {1}, {2}, {2}]
+    assert list(Batches(10, 4, 3, 6, seed=1)) == whole[3:]
+    shares = [list(Batches(10, 4, 0, 6, seed=1, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
+    with pytest.raises(ValueError, match="from 1 to 10, the number of samples; got 11"):
+        Batches(10, 11, 0, 1, seed=0)
+    with pytest.raises(ValueError, match="multiple of the 2 processes"):
+        Batches(10, 5, 0, 1, seed=0, ranks=2)
+
+
+def train_on_a_rank(root: Path, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(os.getpid())  # nothing may depend on a process's own generator
+    model = tiny_emanet()
+    history = fit(model, camvid(root, "train"), camvid(root, "val"), augmentation((16, 24)), RECIPE, folder)
+    return {"state": dict(model.state_dict()), "history": history}
+
+
+def test_two_processes_hold_the_same_weights_and_bases(streets: Path, tmp_path: Path) -> None:
+    first, second = run_on_ranks(partial(train_on_a_rank, streets, tmp_path / "run"), 2, tmp_path)
+    assert_same(first, second)
+    before = tiny_emanet().state_dict()
+    assert not torch.equal(first["state"]["emau.mu"], before["emau.mu"])
+    assert_same(dict(load_checkpoint(tmp_path / "run" / "last.pt")["model"]), first["state"])
+
+
+def confusion_iou(predictions: list[Tensor], masks: list[Tensor], classes: int) -> list[float]:
+    """IoU in percent by counting pixels one class after another."""
+    prediction, mask = (torch.cat([t.flatten() for t in tensors]) for tensors in (predictions, masks))
+    prediction, mask = prediction[mask != 255], mask[mask != 255]
+    both = [((prediction == c) & (mask == c)).sum().item() for c in range(classes)]
+    either = [((prediction == c) | (mask == c)).sum().item() for c in range(classes)]
+    return [b / e if e else float("nan") for b, e in zip(both, either, strict=True)]
+
+
+def test_iou_is_that_of_counted_pixels(streets: Path) -> None:
+    model, dataset = tiny_emanet().train(), camvid(streets, "val")
+    iou = evaluate(model, dataset)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        normalised = [train.augmentation(SIZE, (1, 1)).transforms[-1](*sample) for sample in dataset]
+        predictions = [model(image[None]).argmax(1)[0] for image, _ in normalised]
+    expected = confusion_iou(predictions, [mask for _, mask in dataset], len(CAMVID_NAMES))
+    torch.testing.assert_close(iou, torch.tensor(expected), equal_nan=True)
+    assert iou_table(("a", "road"), torch.tensor([0.5, float("nan")])) == "a     50.00\nroad    nan\nmean  50.00"
+
+
+def test_scales_and_flips_are_averaged() -> None:
+    model = tiny_emanet().eval()
+    image = torch.randn(1, 3, 24, 32)
+
+    def probabilities(x: Tensor) -> Tensor:
+        return model(x).softmax(1)
+
+    with torch.no_grad():
+        mirrored = probabilities(image.flip(3)).flip(3)
+        torch.testing.assert_close(segment(model, image, flip=True), (probabilities(image) + mirrored) / 2)
+        half = probabilities(nn.functional.interpolate(image, (12, 16), mode="bilinear", antialias=True))
+        half = nn.functional.interpolate(half, (24, 32), mode="bilinear", antialias=True)
+        torch.testing.assert_close(segment(model, image, (0.5, 1.0)), (half + probabilities(image)) / 2)
+
+
+COMMAND = [
+    *("--data", "camvid", "--backbone", "resnet18", "--weights-backbone", "none", "--output-stride", "16"),
+    *("--channels", "8", "--num-bases", "4", "--crop", "33", "33", "--batch", "4", "--evaluate-every", "2"),
+]
+
+
+def test_torchrun_trains_and_resumes_and_evaluate_reads_it(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(folder), "--root", str(streets), "--steps", "2", *COMMAND]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, "-m", "examples.emanet.train", *arguments], check=True, env=environment, timeout=120)
+    assert load_checkpoint(folder / "last.pt")["step"] == 2
+    assert load_network(folder / "best.pt").names == CAMVID_NAMES
+    evaluate_command.main([str(folder / "best.pt"), "--data", "camvid", "--root", str(streets), "--split", "test"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root", "nowhere"], "nowhere/train, which does not exist"),
+        (["--root", "{streets}", "--batch", "11"], "from 1 to 10, the number of samples; got 11"),
+        (["--root", "{streets}", "--weights-backbone", "none.pt"], "none.pt"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    streets: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.format(streets=streets) for argument in arguments]
+    with pytest.raises(SystemExit) as error:
+        train.main([str(tmp_path / "run"), *COMMAND, *filled])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*broken.pt"):
+        load_network(broken)
+    torch.save([1], broken)
+    with pytest.raises(ValueError, match=r"broken.pt must be a checkpoint, a dict; got a list"):
+        load_network(broken)
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*missing.pt"):
+        load_network(tmp_path / "missing.pt")
