@@ -1,0 +1,177 @@
+"""A task that needs global context: find the digits that equal the key, on a canvas wider than the network sees.
+
+A scene holds eight real handwritten digits (scikit-learn's), one of them on a blue cell: the key. Wanted are the pixels
+of the digits of its class. What is a digit, and which, shows where it stands; whether it is wanted shows at the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.ops import Conv2dNormActivation
+from torchvision.tv_tensors import Image, Mask
+
+SPLITS = {"train": slice(0, 1000), "val": slice(1000, 1397), "test": slice(1397, 1797)}
+"""The digits of each split, in one fixed permutation of all."""
+GRID, CELL, DIGIT = 4, 16, 12  # cells a side of the canvas; pixels a side of a cell and of a digit
+SIZE = GRID * CELL
+DIGITS = 8
+MATCHES = (2, 3, 4)
+"""How many digits of a scene may be wanted."""
+THRESHOLD = 0.45  # brighter is stroke; no multiple of 1/576, as the interpolated intensities are
+WHITE, KEY_CELL = 255, (0, 0, 160)
+
+
+class DigitScenes(Dataset[tuple[Image, Mask]]):
+    """Scenes of handwritten digits, with the pixels of those that equal the key.
+
+    Eight digits stand in different cells of a 4×4 grid, white on black, each at random inside its cell. The cell of
+    one, the key, is blue. 2, 3 or 4 of the others are of the key's class, and the rest of other classes.
+
+    Scene i depends on the split and on i alone. No digit occurs in two splits.
+
+    Args:
+        split: ``"train"``, ``"val"`` or ``"test"``: drawn from 1,000, 397 or 400 digits.
+        length: number of scenes.
+        is_marked: whether the key's cell is blue. Where it is not, what can be found is guessed: of the classes that
+            are there, the key's is often the most frequent.
+
+    Returns:
+        Of each index from 0 to length − 1, the image (3, 64, 64), uint8, and the label (64, 64), int64: 1 on the
+        strokes of the key's class, the key's among them, and 0 elsewhere.
+
+    Raises:
+        ValueError, TypeError: for a split or a length that is not one of those.
+
+    Example:
+        >>> image, label = DigitScenes("train", 1000)[0]
+        >>> image.shape, label.unique()
+        (torch.Size([3, 64, 64]), tensor([0, 1]))
+    """
+
+    names = ("background", "same digit as the key")
+    colours = ((0, 0, 0), (86, 180, 233))
+    """Okabe and Ito's, of each name."""
+
+    def __init__(self, split: str, length: int, is_marked: bool = True) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {tuple(SPLITS)}; got {split!r}")
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"length must be an int; got {type(length).__name__}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1; got {length}")
+        self.split = split
+        self.length = length
+        self.is_marked = is_marked
+        self.digits, self.classes = (values[SPLITS[split]] for values in _shuffled_digits())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image, Mask]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index must be from 0 to {self.length - 1}; got {index}")
+        random = np.random.default_rng([list(SPLITS).index(self.split), index])
+        key_class = random.integers(10)
+        matches = random.choice(MATCHES)
+        same = random.choice(np.flatnonzero(self.classes == key_class), matches + 1, replace=False)
+        other = random.choice(np.flatnonzero(self.classes != key_class), DIGITS - matches - 1, replace=False)
+        cells = random.choice(GRID**2, DIGITS, replace=False)
+        shifts = random.integers(CELL - DIGIT + 1, size=(DIGITS, 2))
+
+        image = np.zeros((SIZE, SIZE, 3), np.float32)
+        label = np.zeros((SIZE, SIZE), np.int64)
+        for place, digit in enumerate((*same, *other)):  # the key is the first
+            corner = CELL * np.array(divmod(cells[place], GRID))
+            if place == 0 and self.is_marked:
+                image[_square(corner, CELL)] = KEY_CELL
+            square = _square(corner + shifts[place], DIGIT)
+            strokes = self.digits[digit]
+            image[square] = np.maximum(image[square], WHITE * strokes[..., None])
+            if place <= matches:
+                label[square] = strokes > THRESHOLD
+        return Image(torch.from_numpy(image.round().astype(np.uint8)).permute(2, 0, 1)), Mask(torch.from_numpy(label))
+
+
+@cache
+def _shuffled_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All digits (1797, 12, 12), from 0 to 1, and their classes (1797,), in the order that is split."""
+    digits, classes = load_digits(return_X_y=True)
+    digits = torch.from_numpy(digits).float().view(-1, 1, 8, 8) / 16
+    digits = F.interpolate(digits, (DIGIT, DIGIT), mode="bilinear")[:, 0].numpy()
+    order = np.random.default_rng(0).permutation(len(digits))
+    return digits[order], classes[order]
+
+
+def _square(corner: np.ndarray, side: int) -> tuple[slice, slice]:
+    row, column = corner
+    return slice(row, row + side), slice(column, column + side)
+
+
+class ShortSightedNet(nn.Module):
+    """Five 3×3 convolutions, a block, and a head of one more and a 1×1 convolution to the logits of every pixel.
+
+    Without a block that carries more, no logit depends on a pixel more than 22 rows or columns away: a 3×3
+    convolution widens what is seen by twice the stride of its input, which is 1, 2, 4, 4, 4 and 4 here: to 39 pixels.
+
+    Args:
+        make_block: makes a block for a number of channels; ``nn.Identity`` for none. It maps (B, 48, H/4, W/4) to
+            the same shape.
+
+    Example:
+        >>> ShortSightedNet(nn.Identity)(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 2, 64, 64])
+    """
+
+    channels = 48
+
+    def __init__(self, make_block: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        channels = self.channels
+        self.features = nn.Sequential(
+            Conv2dNormActivation(3, channels, stride=2),
+            Conv2dNormActivation(channels, channels, stride=2),
+            *(Conv2dNormActivation(channels, channels) for _ in range(3)),
+        )
+        self.block = make_block(channels)
+        self.head = nn.Sequential(
+            Conv2dNormActivation(channels, channels),
+            nn.Conv2d(channels, len(DigitScenes.names) * 4**2, 1),
+            nn.PixelShuffle(4),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The logits (B, 2, H, W) of an image (B, 3, H, W); H and W are multiples of 4."""
+        return self.head(self.block(self.features(image)))
+
+
+def plot_scenes(images: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Figure:
+    """Draws scenes side by side: the images (B, 3, H, W), below them the labels and the predictions (B, H, W)."""
+    rows = {"image": images.movedim(1, -1), "label": _colour(labels)}
+    if predictions is not None:
+        rows["prediction"] = _colour(predictions)
+    figure = Figure((max(1.6 * len(images), 6), 1.6 * len(rows) + 0.3), layout="constrained")  # 6 for the legend
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name)
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture.cpu().numpy(), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    named = zip(DigitScenes.names, DigitScenes.colours, strict=True)
+    patches = [Patch(color=np.divide(colour, 255), label=name) for name, colour in named]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    return figure
+
+
+def _colour(labels: Tensor) -> Tensor:
+    """The labels (B, H, W) as colours (B, H, W, 3)."""
+    return torch.tensor(DigitScenes.colours, dtype=torch.uint8)[labels.cpu().long()]
