@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-FLOOR_TESTS = em_attention ema_unit fast gradients maps precision tiled bad_input
+FLOOR_TESTS = em_attention ema_unit fast gradients maps precision stages tiled bad_input
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test test-floor fuzz bench bench-quick report check format build clean
+.PHONY: help demo explorer train-quick test test-floor fuzz bench bench-quick report check format build clean
 
 help:
 	@echo "make demo         attention maps of a photograph, and an EMANet forward on it"
+	@echo "make explorer     a page to look into the attention of that photograph, or of yours: IMAGES=..."
+	@echo "make train-quick  a network learns a task that needs global context (a minute on 2 cores)"
 	@echo "make test         all tests"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
 	@echo "make fuzz         10,000 random inputs"
@@ -33,6 +35,12 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.emanet.forward
 	@echo
 	@echo "The attention maps are in out/attention_maps.png"
+
+explorer: $(INSTALLED)
+	$(BIN)/python -m examples.explorer $(IMAGES)
+
+train-quick: $(INSTALLED)
+	$(BIN)/python -m examples.digit_scenes
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -130,18 +130,22 @@ def farthest_positions(x: Tensor, num_bases: int) -> Tensor:
     return directions[:, chosen]
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """Writes it whole or not at all."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Has ``write`` make the file beside its place and puts it there when it is whole, or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, format=path.suffix[1:] or "png")
+        write(part)
         os.replace(part, path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    write_whole(path, lambda part: figure.savefig(part, format=path.suffix[1:] or "png"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ema_attention.pictures import plot_attention_maps
+from ema_attention.pictures import plot_attention_maps, plot_em_stages
 
 
 def maps(num_bases: int, height: int = 6, width: int = 9) -> torch.Tensor:
@@ -168,6 +168,62 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'needs matplotlib: pip install "ema-attention\[plot\]"'):
         plot_attention_maps(IMAGE, maps(2))
+
+
+def stages(number: int, num_bases: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    z = torch.stack([maps(num_bases).roll(t, 0) for t in range(number)])
+    return z, torch.arange(number + 1) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(1, [1]), (3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (15, [1, 2, 3, 5, 9, 15])]
+)
+def test_the_stages_are_drawn_with_the_objective(number, shown):
+    z, objective = stages(number)
+    figure = plot_em_stages(torch.rand(3, 6, 9), z, objective)
+    *panels, curve = figure.axes
+    assert [ax.get_title() for ax in panels] == [f"stage {stage}" for stage in shown]
+    for ax, stage in zip(panels, shown, strict=True):
+        assert (ax.images[-1].get_array() == z[stage - 1].argmax(0).numpy()).all()
+    (line,) = curve.lines
+    assert line.get_xydata() == pytest.approx(np.stack([np.arange(number + 1), objective], 1))
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("EM stage", "objective J")
+
+
+@pytest.mark.parametrize("num_bases", [2, 16, 64])
+def test_the_panels_of_the_stages_lie_apart_and_inside_the_figure(num_bases):
+    figure = plot_em_stages(torch.rand(3, 40, 60), *stages(9, num_bases))
+    figure.canvas.draw()
+    boxes = [box for ax in figure.axes[:-1] for box in (ax.get_window_extent(), ax.title.get_window_extent())]
+    boxes.append(figure.axes[-1].get_tightbbox())
+    for i, a in enumerate(boxes):
+        assert min(a.x0, a.y0) >= 0
+        assert a.x1 <= figure.bbox.x1
+        assert a.y1 <= figure.bbox.y1
+        assert not any(boxes_overlap(a, b) for b in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("z", "objective", "message"),
+    [
+        (maps(2), torch.zeros(3), r"z must be a tensor \(T, K, H, W\), .* got \(2, 6, 9\) and \(3,\)"),
+        (stages(2)[0], [1, 2, 3], r"z must be a tensor .* got \(2, 4, 6, 9\) and list"),
+        (stages(2)[0], torch.zeros(2), r"objective must be \(3,\), finite, for 2 stages; got \(2,\)"),
+        (stages(2)[0], torch.full((3,), torch.nan), r"objective must be \(3,\), finite, for 2 stages; got \(3,\)"),
+        (stages(2)[0] * torch.nan, torch.zeros(3), "z must have values from 0 to 1; got nan to nan"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused_in_one_sentence(z, objective, message):
+    with pytest.raises(ValueError, match=message):
+        plot_em_stages(torch.rand(3, 12, 18), z, objective)
+
+
+@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_every_format_of_a_paper(format, start):
+    for figure in (plot_attention_maps(IMAGE, maps(3)), plot_em_stages(IMAGE, *stages(3))):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=format)
+        assert buffer.getvalue().startswith(start)
 
 
 def test_no_global_state_of_pyplot_is_touched():

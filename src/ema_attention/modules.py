@@ -198,12 +198,16 @@ class EMAUnit(nn.Module):
 
     def _attend(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """EM on conv1(x), from bases mu: the bases (B, C', K) and maps (B, N, K)."""
+        x, weight, bias = self.projected(x)
+        return expectation_maximization(x, mu, self.stages, self.scale, self.gradient, mask, weight, bias)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """conv1(x) of x (B, C, N) as EM takes it: x, weight and bias; or where conv1 has to be run, what comes out."""
         conv = self.conv1
         if type(conv).forward is nn.Conv2d.forward and not fast.is_patched(conv):
-            weight, bias = conv.weight.flatten(1), conv.bias
-        else:  # what it does is known to itself alone
-            x, weight, bias = conv(x.unsqueeze(2)).squeeze(2), None, None
-        return expectation_maximization(x, mu, self.stages, self.scale, self.gradient, mask, weight, bias)
+            return x, conv.weight.flatten(1), conv.bias
+        # what it does is known to itself alone
+        return conv(x.unsqueeze(2)).squeeze(2), None, None
 
     def _project(self, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
         """The rest of the unit, relu(x + conv2(relu(mu zᵀ))), (B, C, N)."""

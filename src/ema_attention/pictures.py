@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_attention_maps"]
+__all__ = ["plot_attention_maps", "plot_em_stages"]
 
 # Okabe and Ito, "Color Universal Design", 2008, with grey for black: every kind of colour vision tells them apart.
 _COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7", "#E69F00", "#404040")
 # What later rounds of eight are mixed with, 0 for black and 1 for white, and how much of it.
 _SHADES = ((0, 0.0), (1, 0.5), (0, 0.45), (1, 0.25), (0, 0.25), (1, 0.7), (0, 0.65), (1, 0.85))
+_MOST_STAGES = 6  # panels of plot_em_stages
 _LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are K + 2 of them
 
 
@@ -52,48 +53,128 @@ def plot_attention_maps(image: Any, z: Tensor) -> Figure:
         >>> [ax.get_title() for ax in figure.axes[:1]]
         ['photograph']
     """
-    try:
-        from matplotlib.colors import ListedColormap
-        from matplotlib.patheffects import withStroke
-    except ImportError as error:
-        raise ImportError('plot_attention_maps needs matplotlib: pip install "ema-attention[plot]"') from error
-
-    photo = _photo(image)
+    _need_matplotlib("plot_attention_maps")
+    photo = as_photo(image)
     _check_maps(z)
     z = z.detach().float().cpu()
     shares = z.mean((1, 2)).tolist()
     z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
     num_bases, height, width = z.shape
-    colours = [_colour(k) for k in range(num_bases)]
+    colours = [colour_of_basis(k) for k in range(num_bases)]
     figure, (first, *middle, last, bar) = _lay_out(colours, height / width)
 
     first.imshow(photo.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
     first.set_title("photograph")
     first.set_frame_on(False)
-    last.set_frame_on(False)
-    for ax in (*middle, last):
-        ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
     for k, ax in enumerate(middle):
+        ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
         heat = ax.imshow(z[k].numpy(), cmap="cividis", vmin=0, vmax=1, alpha=0.7)
         ax.set_title(f"basis {k} · {shares[k]:.1%}")
         for spine in ax.spines.values():
             spine.set(color=colours[k], linewidth=3)
     figure.colorbar(heat, cax=bar, label="attention z")
-
-    takes_part = z.sum(0) > 0.5  # halfway between a position that does (1) and one that does not (0)
-    assignment = z.argmax(0).where(takes_part, torch.nan)
-    last.imshow(assignment.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=num_bases - 0.5, alpha=0.75)
+    _draw_assignment(last, photo, z, colours)
     last.set_title("hard assignment")
-    outline = withStroke(linewidth=2, foreground="white")
-    for k in range(num_bases):
-        region = assignment == k
-        if region.any():
-            y, x = _widest_place(region.float())
-            last.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
     return figure
 
 
-def _photo(image: Any) -> Tensor:
+def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
+    """Draws how the segments of one photograph form, stage by stage, and EM's objective on the way.
+
+    The panels are the hard assignment, as :func:`plot_attention_maps` draws it, after the first stage, the last,
+    and those between, six at most and ever farther apart; below them is the objective, from the bases at the
+    start (stage 0) to those after each stage.
+
+    Args:
+        image: the photograph, as :func:`plot_attention_maps` takes it.
+        z: the maps of each stage for one sample, (T, K, h, w): ``stages.z[:, 0]`` of :func:`em_stages`.
+        objective: (T + 1,): ``stages.objective[:, 0]``.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window.
+
+    Raises:
+        ImportError: without matplotlib.
+        TypeError, ValueError: as :func:`plot_attention_maps`, and for an objective of another length.
+
+    Example:
+        >>> z = torch.randn(15, 4, 6, 8).softmax(1)
+        >>> figure = plot_em_stages(torch.rand(3, 48, 64), z, torch.linspace(1, 2, 16))
+        >>> [ax.get_title() for ax in figure.axes[:-1]]
+        ['stage 1', 'stage 2', 'stage 3', 'stage 5', 'stage 9', 'stage 15']
+    """
+    _need_matplotlib("plot_em_stages")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    photo = as_photo(image)
+    if not isinstance(z, Tensor) or z.dim() != 4 or not len(z) or not isinstance(objective, Tensor):
+        raise ValueError(
+            "z must be a tensor (T, K, H, W), the maps of each stage, and objective a tensor (T + 1,); "
+            f"got {_shape(z)} and {_shape(objective)}"
+        )
+    _check_maps(z[-1])
+    if objective.shape != (len(z) + 1,) or not objective.isfinite().all():
+        raise ValueError(f"objective must be ({len(z) + 1},), finite, for {len(z)} stages; got {_shape(objective)}")
+    colours = [colour_of_basis(k) for k in range(z.shape[1])]
+    ratio = len(z) ** (1 / (_MOST_STAGES - 1))
+    farther = {min(len(z), round(ratio**i)) for i in range(_MOST_STAGES)}
+    shown = sorted(farther) if len(z) > _MOST_STAGES else list(range(1, len(z) + 1))
+
+    height, width, _ = photo.shape
+    left, gap, title, curve, below = 0.9, 0.12, 0.3, 1.6, 0.5  # inches, as all lengths here
+    panel = max(1.75, 5 / len(shown), 0.65 * math.sqrt(len(colours)))  # K regions need room for their numbers
+    columns = min(len(shown), int(16 / panel))
+    rows = math.ceil(len(shown) / columns)
+    row = title + panel * height / width
+    total, tall = left + columns * (panel + gap), rows * row + title + curve + below
+    figure = Figure((total, tall))
+    for i, stage in enumerate(shown):
+        x, y = left + i % columns * (panel + gap), tall - (i // columns + 1) * row
+        ax = figure.add_axes((x / total, y / tall, panel / total, panel * height / width / tall))
+        ax.set(xticks=[], yticks=[])
+        maps = F.interpolate(z[stage - 1][None].detach().float().cpu(), (height, width), mode="bilinear")[0]
+        _draw_assignment(ax, photo, maps, colours)
+        ax.set_title(f"stage {stage}")
+    ax = figure.add_axes((left / total, below / tall, (total - left - gap) / total, curve / tall))
+    ax.plot(objective.detach().float().cpu().numpy(), color=_COLOURS[4], marker="o", markersize=4, clip_on=False)
+    ax.vlines(shown, *ax.get_ylim(), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    ax.set(xlabel="EM stage", ylabel="objective J", xlim=(0, len(z)), ylim=ax.get_ylim())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _need_matplotlib(function: str) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{function} needs matplotlib: pip install "ema-attention[plot]"') from error
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _draw_assignment(ax: Axes, photo: Tensor, z: Tensor, colours: list[tuple[float, float, float]]) -> None:
+    """The strongest basis of every position of z (K, H, W) over the grey photograph, numbered in its widest region."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patheffects import withStroke
+
+    ax.set_frame_on(False)
+    ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    takes_part = z.sum(0) > 0.5  # halfway between a position that does (1) and one that does not (0)
+    assignment = z.argmax(0).where(takes_part, torch.nan)
+    ax.imshow(assignment.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.75)
+    outline = withStroke(linewidth=2, foreground="white")
+    for k in range(len(colours)):
+        region = assignment == k
+        if region.any():
+            y, x = _widest_place(region.float())
+            ax.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
+
+
+def as_photo(image: Any) -> Tensor:
     """The image as float (H, W, 3) or (H, W, 1), no larger than a panel shows."""
     import numpy as np
 
@@ -118,7 +199,7 @@ def _photo(image: Any) -> Tensor:
     elif not photo.is_floating_point():
         raise TypeError(f"image must be uint8 or floating point; got {photo.dtype}")
     photo = photo.float()
-    _check_from_0_to_1("image", photo)
+    check_from_0_to_1("image", photo)
     shrink = _LONGEST_SIDE / max(photo.shape[:2])
     if shrink < 1:
         size = [max(1, round(shrink * side)) for side in photo.shape[:2]]
@@ -133,20 +214,20 @@ def _check_maps(z: Tensor) -> None:
         raise TypeError(f"z must be of a floating point dtype; got {z.dtype}")
     if z.dim() != 3 or not z.numel():
         raise ValueError(f"z must be (K, H, W), one sample of the maps; got {tuple(z.shape)}")
-    _check_from_0_to_1("z", z)
+    check_from_0_to_1("z", z)
 
 
-def _check_from_0_to_1(name: str, values: Tensor) -> None:
+def check_from_0_to_1(name: str, values: Tensor) -> None:
     low, high = (value.item() for value in values.aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN does not pass
         raise ValueError(f"{name} must have values from 0 to 1; got {low:.4g} to {high:.4g}")
 
 
-def _colour(k: int) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
+def colour_of_basis(k: int) -> tuple[float, float, float]:
+    """Red, green and blue from 0 to 1."""
     other, amount = _SHADES[k // len(_COLOURS) % len(_SHADES)]
-    red, green, blue = (amount * other + (1 - amount) * part for part in to_rgb(_COLOURS[k % len(_COLOURS)]))
+    colour = bytes.fromhex(_COLOURS[k % len(_COLOURS)][1:])
+    red, green, blue = (amount * other + (1 - amount) * part / 255 for part in colour)
     return red, green, blue
 
 

@@ -1,0 +1,59 @@
+"""The explorer of photographs, without any training: features of a pretrained network, then EM on each image.
+
+python -m examples.explorer                  scikit-image's cat; needs no network
+python -m examples.explorer *.jpg --bases 16
+
+It writes one HTML file that any browser opens. It needs ``pip install "ema-attention[examples]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from ema_attention import em_stages, explore_stages
+from examples.attention_maps import efficientnet_lite0, extract_features, farthest_positions, read_photo, write_whole
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+
+    def say(step: str) -> None:
+        print(f"{time.perf_counter() - started:5.1f} s  {step}", flush=True)
+
+    names = [path.name for path in args.images] or ["the cat of scikit-image"]
+    photos = [read_photo(path, args.size) for path in args.images or [None]]
+    backbone = efficientnet_lite0("DEFAULT")
+    say("weights of efficientnet-lite0")
+    stages = []
+    for i, (name, photo) in enumerate(zip(names, photos, strict=True), start=1):
+        x = extract_features(backbone, photo)
+        mu = farthest_positions(x, args.bases)
+        stages.append(em_stages(F.normalize(x, dim=1), mu, args.stages, scale=args.scale))
+        say(f"{i} of {len(names)}: {name}, {args.stages} stages of EM at {x.shape[2]}×{x.shape[3]} positions")
+    page = explore_stages(stages, photos, names=names)
+    write_whole(args.output, lambda part: part.write_text(page, encoding="utf-8"))
+    say(f"page: {args.output}, {len(page.encode()) / 1e6:.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A page to look into EM attention on photographs, without training.")
+    parser.add_argument("images", type=Path, nargs="*", help="any images Pillow reads (default: scikit-image's cat)")
+    parser.add_argument("--bases", type=int, default=6, help="K (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=10.0, help="sharpness of the E-step (default: %(default)s)")
+    parser.add_argument("--stages", type=int, default=15, help="EM stages (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=448, help="pixels of the longer side (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/explorer.html"), help="the page (default: %(default)s)"
+    )
+    try:
+        run(parser.parse_args(argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

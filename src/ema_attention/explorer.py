@@ -1,0 +1,242 @@
+"""The explorer: EM attention as one HTML page to look into. It needs Pillow: the extra ``ema-attention[plot]``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ema_attention.pictures import as_photo, check_from_0_to_1, colour_of_basis
+from ema_attention.stages import EMStages, model_stages
+
+__all__ = ["explore_attention", "explore_stages"]
+
+_MOST_POSITIONS = 10_000  # of the maps of one unit over one image; more are averaged in blocks
+_MOST_POINTS = 1000  # of the line of a signal
+_LEVELS = 4095  # 12 bits: exact to the digit that the page shows
+_STRONGEST = 5  # positions of a basis that are listed
+
+
+def explore_attention(
+    model: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    images: Iterable[Any],
+    *,
+    names: Sequence[str] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> str:
+    """Runs ``model`` and returns a page that shows what every :class:`EMAUnit` in it attends to, stage by stage.
+
+    The page is one HTML file that loads nothing, from nowhere. It shows each image with the maps of each unit
+    over it: the bases that explain a position and how much; the map of a basis, its share of the image, its
+    strongest positions; EM's stages, with the objective. The maps are rounded to 1/4095 of the basis's
+    largest value; where a unit has more than 10,000 positions they are averaged in blocks. The model runs as in
+    :func:`model_stages`.
+
+    Args:
+        model: a model with one unit or more.
+        x: what it takes, (B, ...), or several of these, run one after the other: for images of several sizes.
+        images: what to show for each sample of x: for maps in two dimensions a photograph as
+            :func:`plot_attention_maps` takes it; for one dimension a signal (L,) or (C, L); for three a volume or
+            a video (D, H, W) or (C, D, H, W), C being 1 or 3, with values like a photograph's. The maps are
+            taken to cover the whole image.
+        names: of the images.
+        grid: (h, w), for tokens of photographs: maps in one dimension are laid out so. Tokens before the last
+            h·w, such as a class token, are not shown.
+
+    Returns:
+        The page; ``Path("page.html").write_text(page, encoding="utf-8")`` writes it.
+
+    Raises:
+        ImportError: without Pillow.
+        TypeError, ValueError: for a model in which no unit runs, maps that are not finite, images that do not
+            fit the maps.
+
+    Example:
+        >>> from ema_attention import EMAUnit
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), EMAUnit(8, num_bases=4))
+        >>> photos = torch.rand(2, 3, 24, 32)
+        >>> page = explore_attention(model, photos, photos, names=["left", "right"])
+        >>> page[:15]
+        '<!doctype html>'
+    """
+    batches = [x] if isinstance(x, Tensor) else x
+    return explore_stages([_on_grid(model_stages(model, batch), grid) for batch in batches], images, names=names)
+
+
+def explore_stages(
+    stages: EMStages | Mapping[str, EMStages] | Sequence[EMStages | Mapping[str, EMStages]],
+    images: Iterable[Any],
+    *,
+    names: Sequence[str] | None = None,
+) -> str:
+    """The page of :func:`explore_attention` for stages that are there already: features need no model.
+
+    Args:
+        stages: of B samples, from :func:`em_stages`; or of each unit by its name, from :func:`model_stages`; or
+            several of these, for images of several sizes.
+        images: one for each sample.
+        names: of the images.
+
+    Returns:
+        The page.
+
+    Raises:
+        ImportError, TypeError, ValueError: as :func:`explore_attention`.
+
+    Example:
+        >>> from ema_attention import em_stages
+        >>> mu = torch.nn.functional.normalize(torch.randn(16, 4), dim=0)
+        >>> page = explore_stages(em_stages(torch.randn(1, 16, 6, 8), mu, stages=10), [torch.rand(3, 48, 64)])
+    """
+    batches = [stages] if isinstance(stages, EMStages | Mapping) else stages
+    samples = [sample for batch in batches for sample in _samples(batch)]
+    images = list(images)
+    names = [f"image {i}" for i in range(len(images))] if names is None else list(names)
+    if not len(samples) == len(images) == len(names):
+        raise ValueError(
+            f"images and names must be as many as the samples, {len(samples)}; got {len(images)} images "
+            f"and {len(names)} names"
+        )
+    pictures: dict[tuple[int, int, int], dict[str, Any]] = {}  # by image, dimensions of the maps and slices
+    views = []
+    for i, sample in enumerate(samples):
+        for unit, (z, objective) in sample.items():
+            view = _view(z, objective, where=f"the maps of {unit!r} over {names[i]}" if unit else f"z of {names[i]}")
+            key = (i, z.dim() - 2, view["size"][0])
+            if key not in pictures:
+                pictures[key] = _picture(images[i], *key[1:], names[i])
+            views.append({**view, "unit": unit, "image": i, "picture": list(pictures).index(key)})
+    most = max(view["bases"] for view in views)
+    colours = ["#" + bytes(round(255 * part) for part in colour_of_basis(k)).hex() for k in range(most)]
+    data = {"views": views, "pictures": list(pictures.values()), "names": names, "colours": colours}
+    template = resources.files("ema_attention").joinpath("explorer.html").read_text(encoding="utf-8")
+    # No tag can begin inside the data: a name may hold anything.
+    return template.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _on_grid(stages: Mapping[str, EMStages], grid: tuple[int, int] | None) -> dict[str, EMStages]:
+    laid_out = dict(stages)
+    for name, (z, objective) in stages.items():
+        if grid is None or z.dim() != 4:
+            continue
+        tokens = math.prod(grid)
+        if not 0 < tokens <= z.shape[3]:
+            raise ValueError(f"grid must be of at most the {z.shape[3]} tokens of {name!r}; got {grid}")
+        laid_out[name] = EMStages(z[..., -tokens:].unflatten(3, grid), objective)
+    return laid_out
+
+
+def _samples(stages: EMStages | Mapping[str, EMStages]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """For each sample, by unit, its maps (T, K, *spatial) and its objective (T + 1,)."""
+    units = {"": stages} if isinstance(stages, EMStages) else stages
+    columns = [
+        [(name, (z[:, b].float().cpu(), objective[:, b])) for b in range(z.shape[1])]
+        for name, (z, objective) in units.items()
+    ]
+    return [dict(row) for row in zip(*columns, strict=True)]
+
+
+def _view(z: Tensor, objective: Tensor, where: str) -> dict[str, Any]:
+    """What the page knows of the maps z (T, K, *spatial) of one unit over one image."""
+    if not 3 <= z.dim() <= 5:
+        raise ValueError(f"{where} must have one to three spatial dimensions; got {z.dim() - 2}")
+    check_from_0_to_1(where, z)
+    share = z.flatten(2).mean(2)
+    flat = z.dim() == 3
+    z = z.view(*z.shape[:2], *(1,) * (5 - z.dim()), *z.shape[2:])  # (T, K, slices, rows, columns)
+    excess = z[0, 0].numel() / _MOST_POSITIONS
+    block = max(1, math.ceil(excess if flat else math.sqrt(excess)))
+    if block > 1:
+        z = F.avg_pool2d(z.flatten(0, 1), (1 if flat else block, block), ceil_mode=True).unflatten(0, z.shape[:2])
+    stages, bases, *size = z.shape
+    peak = z.amax((0, 2, 3, 4)).clamp_min(torch.finfo(z.dtype).tiny)
+    levels = (z / peak.view(-1, 1, 1, 1) * _LEVELS).round().int()
+    levels[1:] -= levels[:-1].clone()  # the stages of EM differ less and less
+    planes = torch.stack([levels >> 8, levels]).byte()  # modulo 65536; apart, the high bytes compress well
+    return {
+        "size": size,
+        "block": block,
+        "bases": bases,
+        "stages": stages,
+        "peak": peak.tolist(),
+        "share": [[round(value, 6) for value in values] for values in share.tolist()],
+        "objective": objective.tolist(),
+        "strongest": [_strongest(maps) for maps in z],
+        "levels": base64.b64encode(zlib.compress(planes.numpy().tobytes(), 9)).decode(),
+    }
+
+
+def _strongest(z: Tensor) -> list[list[int]]:
+    """For each map of z (K, slices, rows, columns), its strongest positions that lie apart, at least half as strong."""
+    places = torch.cartesian_prod(*(torch.arange(length) for length in z.shape[1:])).float()  # (N, 3)
+    apart = max(z.shape[1:]) / 8
+    left = z.flatten(1).clone()  # (K, N)
+    enough = left.amax(1) / 2
+    found = []
+    for _ in range(_STRONGEST):
+        values, chosen = left.max(1)
+        found.append(chosen.where((values >= enough) & (values > 0), -1))
+        left[torch.cdist(places[chosen], places) <= apart] = 0
+    return [[n for n in row if n >= 0] for row in torch.stack(found, 1).tolist()]
+
+
+def _picture(image: Any, dimensions: int, slices: int, name: str) -> dict[str, Any]:
+    """A photograph for each slice, or the line of a signal."""
+    if dimensions == 2:
+        return {"frames": [_data_uri(as_photo(image))]}
+    values = _tensor(image)
+    if dimensions == 1:
+        if values.dim() not in (1, 2) or not values.numel() or not values.isfinite().all():
+            raise ValueError(
+                f"{name} must be a finite signal (L,) or (C, L) for maps in one dimension (or give the grid of the "
+                f"tokens of a photograph); got {tuple(values.shape)}"
+            )
+        return {"lines": _lines(values.view(-1, values.shape[-1]).float())}
+    values = values[None] if values.dim() == 3 else values
+    if values.dim() != 4 or len(values) not in (1, 3) or not values.numel():
+        raise ValueError(
+            f"{name} must be a volume (D, H, W), (1, D, H, W) or (3, D, H, W) for maps in three dimensions; "
+            f"got {tuple(values.shape)}"
+        )
+    frames = [int((i + 0.5) * values.shape[1] / slices) for i in range(slices)]
+    return {"frames": [_data_uri(as_photo(values[:, frame])) for frame in frames]}
+
+
+def _tensor(image: Any) -> Tensor:
+    import numpy as np
+
+    return image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+
+
+def _lines(signal: Tensor) -> list[list[float]]:
+    """The channels of a signal (C, L) from 0 to 1, long ones by the extremes of their stretches."""
+    low, high = signal.aminmax()
+    signal = (signal - low) / (high - low).clamp_min(torch.finfo(signal.dtype).tiny)
+    if signal.shape[1] > _MOST_POINTS:
+        stretches = _MOST_POINTS // 2
+        extremes = (F.adaptive_max_pool1d(signal, stretches), -F.adaptive_max_pool1d(-signal, stretches))
+        signal = torch.stack(extremes, 2).flatten(1)
+    return [[round(value, 4) for value in line] for line in signal.tolist()]
+
+
+def _data_uri(photo: Tensor) -> str:
+    """A photograph (H, W, 1 or 3), from 0 to 1, as JPEG."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('the explorer needs Pillow: pip install "ema-attention[plot]"') from error
+
+    buffer = io.BytesIO()
+    pixels = (photo * 255).round().byte().expand(-1, -1, 3)
+    Image.fromarray(pixels.numpy()).save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

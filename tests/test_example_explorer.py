@@ -1,0 +1,79 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from examples import explorer
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A small photograph, so that the network takes little time."""
+    path = tmp_path / "photo.png"
+    Image.fromarray(skimage.data.coffee()[::4, ::4]).save(path)
+    return path
+
+
+def read(path) -> dict:
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"))
+    return json.loads(content)
+
+
+def test_writes_a_page_of_several_photographs_whole_and_says_how_far_it_is(photo, tmp_path, capsys):
+    upright = tmp_path / "upright.png"
+    Image.fromarray(np.asarray(Image.open(photo)).transpose(1, 0, 2)).save(upright)
+    output = tmp_path / "new" / "folder" / "page.html"
+    options = ["--size", "96", "--bases", "3", "--stages", "4", "--output", str(output)]
+    explorer.main([str(photo), str(upright), *options])
+    assert [path.name for path in output.parent.iterdir()] == ["page.html"]
+    data = read(output)
+    assert data["names"] == ["photo.png", "upright.png"]
+    assert [(view["size"], view["bases"], view["stages"]) for view in data["views"]] == [
+        ([1, 8, 12], 3, 4),
+        ([1, 12, 8], 3, 4),
+    ]
+    for view in data["views"]:
+        assert (np.diff(view["objective"]) >= 0).all()
+    said = capsys.readouterr().out.splitlines()
+    assert [line[9:] for line in said[1:3]] == [
+        "1 of 2: photo.png, 4 stages of EM at 8×12 positions",
+        "2 of 2: upright.png, 4 stages of EM at 12×8 positions",
+    ]
+    assert f"page: {output}, " in said[-1]
+
+
+def test_the_default_is_the_cat(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(explorer, "write_whole", lambda path, write: seen.update(path=path))
+    monkeypatch.setattr(explorer, "explore_stages", lambda stages, photos, names: seen.update(s=stages) or "")
+    explorer.main([])
+    assert str(seen["path"]) == "out/explorer.html"
+    (stages,) = seen["s"]
+    assert stages.z.shape == (15, 1, 6, 37, 56)
+    left_eye, right_eye, nose = (stages.z[-1, 0, :, y // 8, x // 8] for x, y in ((174, 117), (318, 141), (264, 243)))
+    assert left_eye.argmax() == right_eye.argmax() == nose.argmax()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["{tmp}/none.png"], "cannot read the image {tmp}/none.png: No such file or directory"),
+        (["{photo}", "--bases", "97"], "--bases must be from 1 to 96, the number of positions; got 97"),
+        (["{photo}", "--stages", "0"], "stages must be at least 1; got 0"),
+        (["{photo}", "--scale", "nan"], "scale must be positive and finite; got nan"),
+        (["{photo}", "--output", "{photo}/page.html"], "cannot write {photo}/page.html: "),
+        (["{photo}", "--output", "{tmp}"], "cannot write {tmp}: "),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, message, photo, tmp_path, capsys):
+    places = {"tmp": tmp_path, "photo": photo}
+    with pytest.raises(SystemExit) as caught:
+        explorer.main([*(part.format(**places) for part in argv), "--size", "96"])
+    assert caught.value.code == 2
+    *usage, sentence = capsys.readouterr().err.splitlines()
+    assert usage[0].startswith("usage:")
+    assert message.format(**places) in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

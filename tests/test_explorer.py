@@ -1,0 +1,196 @@
+import base64
+import io
+import json
+import re
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from ema_attention import EMAUnit, EMStages, collect_attention_maps, em_stages, explore_attention, explore_stages
+
+
+def stages(*spatial: int, batch: int = 1, bases: int = 5, number: int = 4, scale: float = 4.0) -> EMStages:
+    mu = F.normalize(torch.randn(6, bases), dim=0)
+    return em_stages(torch.randn(batch, 6, *spatial), mu, number, scale=scale)
+
+
+def read(page: str) -> dict:
+    """What is in the page, the maps of each view as z (T, K, slices, rows, columns)."""
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    data = json.loads(content)
+    for view in data["views"]:
+        high, low = (
+            np.frombuffer(zlib.decompress(base64.b64decode(view["levels"])), np.uint8).reshape(2, -1).astype(int)
+        )
+        levels = (256 * high + low).reshape(view["stages"], view["bases"], *view["size"]).cumsum(0) % 4096
+        view["z"] = torch.from_numpy(levels / 4095 * np.array(view["peak"])[:, None, None, None]).float()
+    return data
+
+
+def pixels(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))))
+
+
+def test_the_maps_are_those_of_the_units_to_a_level():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), EMAUnit(8, 4, stages=5, scale=2), nn.Conv2d(8, 6, 3, 2), EMAUnit(6, 7))
+    photos = torch.rand(2, 3, 24, 32)
+    data = read(explore_attention(model, photos, photos, names=["a", "b"]))
+    with torch.no_grad(), collect_attention_maps(model.eval()) as maps:
+        model(photos)
+    seen = [(view["image"], view["unit"], view["stages"]) for view in data["views"]]
+    assert seen == [(0, "1", 5), (0, "3", 3), (1, "1", 5), (1, "3", 3)]
+    for view in data["views"]:
+        z = maps[view["unit"]][view["image"]]
+        tolerance = z.new_tensor(view["peak"])[:, None, None] / 8189
+        assert ((view["z"][-1, :, 0] - z).abs() <= tolerance).all()
+        torch.testing.assert_close(torch.tensor(view["share"][-1]), z.mean((1, 2)), rtol=0, atol=1e-6)
+
+
+def test_every_stage_is_there_with_its_objective():
+    expected = stages(6, 9)
+    (view,) = read(explore_stages(expected, torch.rand(1, 3, 12, 18)))["views"]
+    torch.testing.assert_close(view["z"][:, :, 0], expected.z[:, 0], rtol=0, atol=1 / 8189)
+    assert view["objective"] == expected.objective[:, 0].tolist()
+
+
+def test_the_strongest_positions_lie_apart_and_the_first_is_the_largest():
+    z = torch.zeros(1, 1, 2, 8, 16)
+    z[..., 0, 2, 3], z[..., 0, 2, 4], z[..., 0, 6, 12], z[..., 0, 7, 0] = 1.0, 0.9, 0.8, 0.3
+    z[:, :, 1] = 1 - z[:, :, 0]
+    z[..., 1, :, :4] = 0
+    (view,) = read(explore_stages(EMStages(z, torch.zeros(2, 1)), [torch.rand(1, 16, 32)]))["views"]
+    first, second = view["strongest"][0]
+    assert [divmod(n, 16) for n in first] == [(2, 3), (6, 12)]
+    assert len(second) == 5
+
+
+@pytest.mark.parametrize("bases", [6, 64])
+@pytest.mark.parametrize("spatial", [(45, 60), (90, 120), (360, 480)])
+def test_a_photograph_takes_at_most_3_mb(spatial, bases):
+    """Random features are the worst there is: no two neighbours, and no two stages, are alike."""
+    page = explore_stages(stages(*spatial, bases=bases, number=3, scale=6.0), torch.rand(1, 3, 360, 480))
+    assert len(page.encode()) <= 3e6
+
+
+def test_more_positions_than_a_page_shows_are_averaged():
+    z, _ = expected = stages(150, 130, number=2)  # 19,500 positions
+    (view,) = read(explore_stages(expected, torch.rand(1, 3, 30, 26)))["views"]
+    assert view["block"] == 2
+    assert view["size"] == [1, 75, 65]
+    blocks = z[:, 0].unflatten(3, (65, 2)).unflatten(2, (75, 2)).mean((3, 5))
+    torch.testing.assert_close(view["z"][:, :, 0], blocks, rtol=0, atol=1 / 8189)
+    torch.testing.assert_close(torch.tensor(view["share"]), z[:, 0].mean((2, 3)), rtol=0, atol=1e-6)
+    long = read(explore_stages(stages(40_000, number=1), torch.rand(1, 40_000)))["views"][0]
+    assert (long["block"], long["size"]) == (4, [1, 1, 10_000])
+
+
+def test_it_is_one_file_that_loads_nothing():
+    page = explore_stages(stages(4, 5), torch.rand(1, 3, 8, 10))
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    assert policy in page
+    urls = set(re.findall(r"https?://[^\"' ]+", page))
+    assert urls == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert "{{" not in page
+
+
+def test_the_photograph_is_in_it_and_a_large_one_is_shrunk():
+    array = np.zeros((40, 60, 3), np.uint8)
+    array[:, 30:] = 200, 100, 50
+    for image, size in ((array, (40, 60, 3)), (np.repeat(np.repeat(array, 20, 0), 20, 1), (427, 640, 3))):
+        (picture,) = read(explore_stages(stages(4, 6), [image]))["pictures"]
+        shown = pixels(*picture["frames"])
+        assert shown.shape == size
+        assert np.abs(shown[:, -8:].astype(int) - (200, 100, 50)).max() < 6
+
+
+def test_names_may_hold_anything():
+    name = '</script><img src=x> "&'
+    page = explore_stages(stages(4, 5), torch.rand(1, 3, 8, 10), names=[name])
+    assert read(page)["names"] == [name]
+    assert page.count("</script>") == 2
+
+
+def test_images_of_several_sizes_are_several_batches():
+    sizes = [(16, 24), (20, 12)]
+    unit = nn.Sequential(nn.Conv2d(3, 6, 2, 2), EMAUnit(6, 3))
+    photos = [torch.rand(1, 3, *size) for size in sizes]
+    page = explore_attention(unit, photos, [photo[0] for photo in photos])
+    assert [view["size"] for view in read(page)["views"]] == [[1, 8, 12], [1, 10, 6]]
+
+
+def test_a_signal_is_a_line_for_each_channel():
+    z, _ = expected = stages(9)
+    data = read(explore_stages(expected, [torch.tensor([[0.0, 1.0, 3.0], [4.0, 2.0, 0.0]])]))
+    assert data["pictures"] == [{"lines": [[0, 0.25, 0.75], [1, 0.5, 0]]}]
+    (view,) = data["views"]
+    assert view["size"] == [1, 1, 9]
+    torch.testing.assert_close(view["z"][:, :, 0, 0], z[:, 0], rtol=0, atol=1 / 8189)
+
+
+def test_a_long_signal_keeps_its_extremes():
+    signal = torch.zeros(5000)
+    signal[3210], signal[77] = 5, -3
+    (line,) = read(explore_stages(stages(9), [signal]))["pictures"][0]["lines"]
+    assert len(line) == 1000
+    assert (min(line), max(line)) == (0, 1)
+
+
+def test_a_volume_is_a_photograph_for_each_slice():
+    z, _ = expected = stages(2, 3, 4)
+    volume = torch.linspace(0, 1, 6).view(6, 1, 1).expand(6, 12, 16)
+    for image in (volume, volume[None], volume.expand(3, 6, 12, 16)):
+        data = read(explore_stages(expected, [image]))
+        frames = [pixels(frame).mean() / 255 for frame in data["pictures"][0]["frames"]]
+        assert frames == pytest.approx([0.2, 0.8], abs=0.01)
+    (view,) = data["views"]
+    assert view["size"] == [2, 3, 4]
+    torch.testing.assert_close(view["z"], z[:, 0], rtol=0, atol=1 / 8189)
+
+
+def test_tokens_of_a_photograph_are_laid_out_on_a_grid():
+    unit = EMAUnit(6, 4, channel_dim=-1)
+    tokens = torch.randn(1, 1 + 3 * 5, 6)
+    photo = [torch.rand(3, 12, 20)]
+    (view,) = read(explore_attention(unit, tokens, photo, grid=(3, 5)))["views"]
+    with torch.no_grad(), collect_attention_maps(unit.eval()) as maps:
+        unit(tokens)
+    torch.testing.assert_close(view["z"][-1, :, 0], maps[""][0, :, 1:].view(4, 3, 5), rtol=0, atol=1 / 8189)
+    with pytest.raises(ValueError, match=r"grid must be of at most the 16 tokens of ''; got \(3, 6\)"):
+        explore_attention(unit, tokens, photo, grid=(3, 6))
+
+
+@pytest.mark.parametrize(
+    ("spatial", "images", "message"),
+    [
+        ((4, 5), torch.rand(2, 3, 8, 10), "as many as the samples, 1; got 2 images and 2 names"),
+        ((4, 5), [torch.rand(8, 10)], r"image must be a tensor \(3, H, W\) .* got Tensor \(8, 10\)"),
+        ((9,), [torch.rand(3, 8, 10)], r"image 0 must be a finite signal .* grid of the tokens .*; got \(3, 8, 10\)"),
+        ((9,), [torch.full((9,), torch.nan)], r"image 0 must be a finite signal .*; got \(9,\)"),
+        ((2, 3, 4), [torch.rand(2, 5, 8, 10)], r"image 0 must be a volume .*; got \(2, 5, 8, 10\)"),
+        ((2, 2, 3, 4), [torch.rand(8, 10)], "z of image 0 must have one to three spatial dimensions; got 4"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_one_sentence(spatial, images, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        explore_stages(stages(*spatial), images)
+    assert "\n" not in str(caught.value)
+
+
+def test_maps_that_are_not_finite_are_named():
+    x = torch.randn(2, 3, 8, 10)
+    x[1, 0, 0, 0] = torch.inf
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), EMAUnit(6, 4))
+    with pytest.raises(ValueError, match="the maps of '1' over right must have values from 0 to 1; got nan to nan"):
+        explore_attention(model, x, torch.rand(2, 3, 8, 10), names=["left", "right"])
+
+
+def test_without_pillow_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'needs Pillow: pip install "ema-attention\[plot\]"'):
+        explore_stages(stages(4, 5), torch.rand(1, 3, 8, 10))
