@@ -2,12 +2,18 @@
 
 A scene holds eight real handwritten digits (scikit-learn's), one of them on a blue cell: the key. Wanted are the pixels
 of the digits of its class. What is a digit, and which, shows where it stands; whether it is wanted shows at the key.
+
+python -m examples.digit_scenes                      a network with EM attention learns it: a minute on 2 cores
+python -m examples.digit_scenes --block no-block     the same network without
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +25,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import Conv2dNormActivation
 from torchvision.tv_tensors import Image, Mask
+
+from ema_attention import EMAUnit
+from examples.attention_maps import write_figure
+from examples.emanet.data import normalisation, seed_everything
+from examples.emanet.train import Recipe, fit
 
 SPLITS = {"train": slice(0, 1000), "val": slice(1000, 1397), "test": slice(1397, 1797)}
 """The digits of each split, in one fixed permutation of all."""
@@ -175,3 +186,39 @@ def plot_scenes(images: Tensor, labels: Tensor, predictions: Tensor | None = Non
 def _colour(labels: Tensor) -> Tensor:
     """The labels (B, H, W) as colours (B, H, W, 3)."""
     return torch.tensor(DigitScenes.colours, dtype=torch.uint8)[labels.cpu().long()]
+
+
+BLOCKS = {
+    "no-block": nn.Identity,
+    "none": EMAUnit,
+    "last": partial(EMAUnit, gradient="last"),
+    "all": partial(EMAUnit, gradient="all"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--block", choices=BLOCKS, default="last", help="no block, or EMAUnit with that gradient (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="of 16 scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("out/digit_scenes"), help="folder (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    folder = next(run for i in count() if not (run := args.output / f"run-{i}").exists())
+    recipe = Recipe(args.steps, 16, lr=0.4, norm_momentum=0.1, seed=args.seed, evaluate_every=200)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed_everything(args.seed)
+    net = ShortSightedNet(BLOCKS[args.block])
+    fit(net, DigitScenes("train", 20_000), DigitScenes("val", 100), normalisation, recipe, folder, device)
+    net.eval()
+    test = DigitScenes("test", 6)
+    images, labels = (torch.stack(values) for values in zip(*test, strict=True))
+    with torch.no_grad():
+        predictions = net(normalisation(Image(images)).to(device)).argmax(1)
+    write_figure(plot_scenes(images, labels, predictions), folder / "test_scenes.png")
+    print(f"scenes with digits it has never seen: {folder / 'test_scenes.png'}")
+
+
+if __name__ == "__main__":
+    main()
