@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from examples.emanet import evaluate as evaluate_command
-from examples.emanet import train
+from examples.emanet import predict, train
 from examples.emanet.checkpoint import load_checkpoint, save_checkpoint
 from examples.emanet.data import CAMVID_NAMES, Batches, Drawn, augmentation, camvid, seed_everything
 from examples.emanet.evaluate import evaluate, iou_table, mean_iou, segment
 from examples.emanet.model import EMANet
+from examples.emanet.pictures import plot_overlay, plot_segmentation
 from examples.emanet.published import load_network
 from examples.emanet.train import Recipe, fit, parameter_groups
 from tests.test_distributed import run_on_ranks
@@ -237,7 +238,7 @@ COMMAND = [
 ]
 
 
-def test_torchrun_trains_and_resumes_and_evaluate_reads_it(
+def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
     streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -249,6 +250,9 @@ def test_torchrun_trains_and_resumes_and_evaluate_reads_it(
     assert load_network(folder / "best.pt").names == CAMVID_NAMES
     evaluate_command.main([str(folder / "best.pt"), "--data", "camvid", "--root", str(streets), "--split", "test"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
+    predict.main([str(folder / "best.pt"), str(streets / "test" / "0.jpg"), "--output", str(tmp_path / "pictures")])
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["0_attention.png", "0_classes.png"]
 
 
 @pytest.mark.parametrize(
@@ -281,3 +285,23 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
         load_network(broken)
     with pytest.raises(ValueError, match=r"cannot read the checkpoint .*missing.pt"):
         load_network(tmp_path / "missing.pt")
+
+
+def test_pictures_show_image_label_prediction_and_maps(streets: Path) -> None:
+    dataset, model = camvid(streets, "val"), tiny_emanet().train()
+    image, mask = dataset[0]
+    figure = plot_segmentation(model, image, mask, dataset.names, dataset.colours)
+    assert model.training
+    assert [ax.get_title() for ax in figure.axes] == ["image", "label", "prediction", "emau: largest of 4 bases"]
+    label = int(mask[mask != 255][0])
+    colour = torch.tensor(dataset.colours[label])
+    shown = torch.from_numpy(np.array(figure.axes[1].images[0].get_array()))
+    assert (shown[mask == label] == colour).all()
+    assert not shown[mask == 255].any()
+    overlay = plot_overlay(image, mask.where(mask != 255, 0), dataset.names, dataset.colours)
+    shown = torch.from_numpy(np.array(overlay.axes[0].images[0].get_array()))
+    expected = ((image[:, mask == label].float() + colour[:, None]) / 2).to(torch.uint8)
+    assert torch.equal(shown[mask == label], expected.T)
+    shares = [float(text.get_text().split()[-1][:-1]) for text in overlay.legends[0].get_texts()]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=1)

@@ -56,7 +56,7 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
         ax.set_title(f"{name}: largest of {z.shape[1]} bases")
     for ax in axes:
         ax.set(xticks=[], yticks=[])
-    patches = [Patch(color=[c / 255 for c in colour], label=name) for name, colour in zip(names, colours, strict=True)]
+    patches = [_patch(colour, name) for name, colour in zip(names, colours, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 3 * count), fontsize="small")
     return figure
 
@@ -74,8 +74,12 @@ def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: 
         for label, count in zip(*classes.unique(return_counts=True), strict=True)
     }
     patches = [
-        Patch(color=[c / 255 for c in colours[label]], label=f"{names[label]} {share:.1%}")
+        _patch(colours[label], f"{names[label]} {share:.1%}")
         for label, share in sorted(shares.items(), key=lambda item: -item[1])
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize="small")
     return figure
+
+
+def _patch(colour: Sequence[int], label: str) -> Patch:
+    return Patch(facecolor=[channel / 255 for channel in colour], edgecolor="#808080", label=label)

@@ -1,0 +1,142 @@
+"""The sweep's rows and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import accuracy, sweep
+from benchmarks.sweep import (
+    ABLATIONS,
+    BLOCKS,
+    EVALUATED_STAGES,
+    STAGES,
+    TASKS,
+    Run,
+    Task,
+    add_row,
+    missing_runs,
+    read_rows,
+)
+from examples.digit_scenes import DigitScenes
+from examples.emanet.data import normalisation
+from examples.emanet.train import Recipe
+
+
+def row(task: str, block: str, seed: int, score: float) -> dict[str, Any]:
+    classes = 2 if task == "digits" else 11
+    test = [score] * classes if task == "digits" else [score, float("nan"), *[score] * (classes - 2)]
+    made = {"task": task, "block": block, "seed": seed, "test": test, "val": {"10": test, "20": test}}
+    if task == "mobilenet":
+        made["test_by_stages"] = {str(t): [score + t / 100] * classes for t in EVALUATED_STAGES}
+    return {**made, "test_unmarked": [score / 2] * classes, "recipe": asdict(Recipe()), "seconds": 60}
+
+
+ROWS = [row(task, block, seed, 0.5 + seed / 10) for task in TASKS for block in BLOCKS for seed in (0, 1, 2)]
+ROWS += [row("mobilenet", block, 0, 0.4) for block in ABLATIONS]
+COST = {"parameters": 1_500_000, "macs": 2_000_000_000, "forward": {"median": 0.01}, "training step": {"median": 0.1}}
+COSTS = {
+    "environment": {"machine": "a machine", "device": "cpu", "threads": 2, "torch": "2.15"},
+    "networks": {task: {"blocks": dict.fromkeys(BLOCKS, COST)} for task in TASKS},
+}
+
+
+def test_a_row_is_the_mean_and_the_deviation_over_seeds_beside_the_cost() -> None:
+    text, pictures = accuracy.report(ROWS, COSTS)
+    assert text.count("| Non-local | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10 | 100 |") == 2
+    assert "| Non-local | 60.0 ± 10.0 | 30.0 ± 5.0 | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10 | 100 |" in text
+    assert pictures.keys() == {"digits.png", "mobilenet.png", "resnet18.png", "bases.png", "stages.png"}
+    heat = pictures["stages.png"].axes[0].images[0].get_array()
+    assert heat.shape == (len(STAGES), len(EVALUATED_STAGES))
+    assert heat[2].tolist() == pytest.approx([60 + t for t in EVALUATED_STAGES])  # T = 3 is the mean over three seeds
+    assert heat[0].tolist() == pytest.approx([40 + t for t in EVALUATED_STAGES])
+
+
+def test_what_has_not_run_yet_is_said_or_left_out() -> None:
+    one = [row("digits", "Hamburger", 0, 0.5)]
+    text, pictures = accuracy.report(one, COSTS)
+    assert "| Hamburger | 50.0 (1 seed) |" in text
+    assert "| Non-local | – |" in text
+    assert pictures.keys() == {"digits.png"}
+    assert "CamVid, ResNet-18" not in text
+
+
+def test_main_writes_the_report_and_the_readmes_table(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    (tmp_path / "costs.json").write_text(json.dumps(COSTS))
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(["a", *accuracy.README_MARKERS, "b"]))
+    accuracy.main(["--results", str(tmp_path), "--readme", str(readme)])
+    assert (tmp_path / "report.md").read_text() == accuracy.report(ROWS, COSTS)[0]
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Non-local | 60.0 ± 10.0 | 60.0 ± 10.0 | 60.0 ± 10.0 |" in readme.read_text()
+    with pytest.raises(SystemExit) as error:
+        accuracy.main(["--results", str(tmp_path / "nowhere")])
+    assert error.value.code == 2
+
+
+def test_the_committed_report_is_of_the_committed_rows() -> None:
+    rows, costs = read_rows(sweep.RESULTS), json.loads((accuracy.FOLDER / "costs.json").read_text())
+    assert (accuracy.FOLDER / "report.md").read_text() == accuracy.report(rows, costs)[0]
+    begin, end = accuracy.README_MARKERS
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert readme.partition(begin)[2].partition(end)[0].strip() == accuracy.readme_table(rows).strip()
+
+
+def test_rows_are_added_in_order_and_what_is_missing_is_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert len(missing_runs(path, "")) == len(set(missing_runs(path, ""))) == 3 * (3 * len(BLOCKS) + len(ABLATIONS))
+    add_row(row("mobilenet", "no block", 1, 0.5), path)
+    add_row(row("digits", "Non-local", 0, 0.5), path)
+    assert [r["task"] for r in read_rows(path)] == ["digits", "mobilenet"]
+    missing = missing_runs(path, "digits")
+    assert Run("digits", "Non-local", 0) not in missing
+    assert len(missing) == 3 * len(BLOCKS) - 1
+    path.write_text(path.read_text() + '{"task": "digi')
+    with pytest.raises(ValueError, match=r"runs.jsonl must have a JSON object a line; got '{\"task\": \"digi'"):
+        read_rows(path)
+
+
+def test_a_run_trains_and_looks_at_the_test_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+
+    def data(root: Path | None, split: str) -> DigitScenes:
+        looked_at.append(split)
+        return DigitScenes(split, 4)
+
+    def network(make_block: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make_block(8), nn.Conv2d(8, 2, 1))
+
+    tiny = Task(network, data, normalisation, Recipe(steps=4, batch=2, evaluate_every=2), BLOCKS)
+    monkeypatch.setitem(sweep.TASKS, "digits", tiny)
+    threads = torch.get_num_threads()
+    made = sweep.train_run(Run("digits", "EMAUnit, all", 7), None, tmp_path / "run", "cpu", threads)
+    assert (made["task"], made["block"], made["seed"], made["recipe"]["seed"]) == ("digits", "EMAUnit, all", 7, 7)
+    assert made["best_step"] in made["val"]
+    assert made["val"].keys() == {2, 4}
+    assert len(made["test"]) == len(made["test_unmarked"]) == 2
+    assert looked_at == ["train", "val", "test"]
+    assert json.loads(json.dumps(made))["block"] == "EMAUnit, all"
+
+
+@pytest.mark.parametrize("task", ["digits", "resnet18"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_fits_every_network(task: str, block: str) -> None:
+    network = TASKS[task].network(BLOCKS[block]).eval()
+    size = (64, 64) if task == "digits" else (48, 64)
+    classes = 2 if task == "digits" else 11
+    with torch.no_grad():
+        assert network(torch.randn(1, 3, *size)).shape == (1, classes, *size)
+
+
+def test_streets_need_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="need --root, the folder of CamVid"):
+        sweep.streets(None, "train")
+    sweep.main(["--list", "--only", "digits"])
+    assert len(capsys.readouterr().out.splitlines()) == 3 * (3 * len(BLOCKS) + len(ABLATIONS))
