@@ -185,9 +185,9 @@ def fit(
                     share_buffers(model)
                 iou = evaluate(model, val_set, device)
                 history[step] = iou.tolist()
-                save(last)
                 if mean_iou(iou) >= max(map(mean_iou, history.values())):
                     save(best)
+                save(last)  # behind the best: a run that dies in between evaluates again
                 if writer:
                     bar.write(f"step {step}: loss {loss.item():.3f}, mIoU {100 * mean_iou(iou):.2f}")
                     show_evaluation(writer, model, val_set, iou, step)
