@@ -261,6 +261,11 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
         (["--root", "nowhere"], "nowhere/train, which does not exist"),
         (["--root", "{streets}", "--batch", "11"], "from 1 to 10, the number of samples; got 11"),
         (["--root", "{streets}", "--weights-backbone", "none.pt"], "none.pt"),
+        (["--root", "{streets}", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["--root", "{streets}", "--lr", "nan"], "lr must be at least 0; got nan"),
+        (["--root", "{streets}", "--size", "0", "9"], "size must be a height and a width of at least 1; got (0, 9)"),
+        (["--root", "{streets}", "--crop", "9", "0"], "crop must be a height and a width of at least 1; got (9, 0)"),
+        (["--root", "{streets}", "--num-bases", "0"], "num_bases must be at least 1; got 0"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

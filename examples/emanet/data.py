@@ -147,10 +147,12 @@ def camvid(root: Path, split: str, size: tuple[int, int] | None = None) -> Segme
         size: (H, W) that images and masks are scaled to; None leaves theirs.
 
     Raises:
-        ValueError: if a folder or a mask is missing, or there is no image.
+        ValueError: if a folder or a mask is missing, there is no image, or the size is of nothing.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be a height and a width of at least 1; got {tuple(size)}")
     images, masks = root / split, root / f"{split}annot"
     for folder in (images, masks):
         if not folder.is_dir():
@@ -241,7 +243,13 @@ class RandomScale(v2.Transform):
 
 
 def augmentation(crop: tuple[int, int], scales: tuple[float, float] = (0.5, 2.0)) -> v2.Compose:
-    """The published augmentation of samples: scale, crop (height, width), flip; then :data:`normalisation`."""
+    """The published augmentation of samples: scale, crop (height, width), flip; then :data:`normalisation`.
+
+    Raises:
+        ValueError: for a crop of nothing.
+    """
+    if min(crop) < 1:
+        raise ValueError(f"crop must be a height and a width of at least 1; got {tuple(crop)}")
     fill = {tv_tensors.Image: tuple(round(255 * mean) for mean in IMAGENET_MEAN), tv_tensors.Mask: IGNORE}
     random_crop = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
     return v2.Compose([RandomScale(*scales), random_crop, v2.RandomHorizontalFlip(), normalisation])

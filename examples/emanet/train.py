@@ -71,6 +71,17 @@ class Recipe:
     workers: int = 0
     """Processes that load data."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers and precisions that make no sense."""
+        for name in ("steps", "batch", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("lr", "momentum", "weight_decay", "norm_momentum", "seed", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {tuple(PRECISIONS)}; got {self.precision!r}")
+
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """As published: weight decay for the weights of convolutions alone, and biases at twice the rate."""
@@ -311,8 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
             flag = "--" + name.replace("_", "-")
             parser.add_argument(flag, type=type(value), default=value, help="(default: %(default)s)")
     args = parser.parse_args(arguments)
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(published)})
     try:
+        recipe = Recipe(**{name: getattr(args, name) for name in asdict(published)})
         train_set, val_set = (open_data(args, split) for split in ("train", "val"))
         network = {
             name: getattr(args, name)
