@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 FLOOR_TESTS = em_attention ema_unit fast gradients maps precision stages tiled bad_input
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo explorer train-quick test test-floor fuzz bench bench-quick report check format build clean
+.PHONY: help demo explorer train-quick test test-floor fuzz bench bench-quick report docs check format build clean
 
 help:
 	@echo "make demo         attention maps of a photograph, and an EMANet forward on it"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz         10,000 random inputs"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
 	@echo "make report       costs, memory, growth and targets as a page with pictures (15 minutes)"
+	@echo "make docs         the documentation into site/, with every link and snippet checked"
 	@echo "make check        formatting, lint, types"
 	@echo "make format       put the formatting right"
 	@echo "make build        wheel and sdist into dist/"
@@ -68,6 +69,12 @@ bench-quick: $(INSTALLED)
 
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report
+
+# Not with -q: that silences warnings, and --strict with them.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest tests/test_documentation.py
+	@echo "The site is in site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
