@@ -54,19 +54,22 @@ def runs_of(rows: Rows, task: str, block: str) -> Rows:
     return [row for row in rows if (row["task"], row["block"]) == (task, block)]
 
 
+def count_seeds(runs: Rows) -> str:
+    return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+
+
 def percent(iou: Sequence[float]) -> float:
     """The mean over the classes."""
     return 100 * torch.tensor(iou).nanmean().item()
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation of a sample, or what there is of it."""
+    """Mean ± standard deviation over seeds; of a single one its value."""
     if not values:
         return "–"
     if len(values) == 1:
-        return f"{values[0]:.1f} (1 seed)"
-    deviation = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    return deviation if len(values) > 2 else f"{deviation} (2 seeds)"
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def measure_networks(device: str, seconds: float = 60) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def plot_learning(rows: Rows, task: str, ylabel: str) -> Figure:
         colour = UNIT_COLOUR if block.startswith("EMAUnit") else COLOURS[i]
         dash = {"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-")
         width = 2.4 if block.startswith("EMAUnit") else 1.4
-        label = f"{block} ({len(runs)} seeds)" if len(runs) != len(SEEDS) else block
+        label = f"{block} ({count_seeds(runs)})" if len(runs) != len(SEEDS) else block
         ax.plot(steps, means, dash, color=colour, marker=MARKERS[i], markersize=5, linewidth=width, label=label)
         ax.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0
@@ -210,7 +213,7 @@ def plot_stages(rows: Rows) -> Figure:
     for row, column in torch.cartesian_prod(*map(torch.arange, grid.shape)).tolist():
         value = grid[row, column]
         ax.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
-    labels = [f"{stages} ({len(runs_of(rows, 'mobilenet', STAGES[stages]))} seeds)" for stages in trained]
+    labels = [f"{stages} ({count_seeds(runs_of(rows, 'mobilenet', STAGES[stages]))})" for stages in trained]
     ax.set(xticks=range(len(EVALUATED_STAGES)), xticklabels=EVALUATED_STAGES, xlabel="EM stages in evaluation")
     ax.set(yticks=range(len(trained)), yticklabels=labels, ylabel="EM stages in training")
     figure.colorbar(heat, label="mIoU on test [%]")
@@ -252,22 +255,26 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
 
 
 def readme_table(rows: Rows) -> str:
-    """The score of every block on each task."""
-    tasks = [task for task in TITLES if any(row["task"] == task for row in rows)]
-    cells = []
-    for block in BLOCKS:
-        scores = []
-        for task in tasks:
-            runs = runs_of(rows, task, block)
-            scores.append(spread([100 * run["test"][1] if task == "digits" else percent(run["test"]) for run in runs]))
-        cells.append([block, *scores])
+    """The score of every block on each task, and the commands that made it."""
     heads = {
-        "digits": "digit scenes, IoU",
+        "digits": "digit scenes, IoU of the wanted digits",
         "mobilenet": "CamVid, MobileNetV2, mIoU",
         "resnet18": "CamVid, ResNet-18, mIoU",
     }
-    lines = markdown_table(["block", *(heads[task] for task in tasks)], cells)
-    return "\n".join([*lines, ""])
+    columns = {}
+    for task in TITLES:
+        runs = {block: runs_of(rows, task, block) for block in BLOCKS}
+        if any(runs.values()):
+            fewest, most = (pick(map(len, runs.values())) for pick in (min, max))
+            seeds = count_seeds(runs_of(rows, task, UNIT)) if fewest == most else f"{fewest} to {most} seeds"
+            score = (lambda run: 100 * run["test"][1]) if task == "digits" else (lambda run: percent(run["test"]))
+            columns[f"{heads[task]}, {seeds}"] = [spread([score(run) for run in runs[block]]) for block in BLOCKS]
+    cells = [[block, *scores] for block, *scores in zip(BLOCKS, *columns.values(), strict=True)]
+    caption = (
+        "`python -m benchmarks.sweep --root CAMVID`, `python -m benchmarks.accuracy`; percent on the test set, mean ± "
+    )
+    caption += "standard deviation over seeds. The word behind EMAUnit is its `gradient`; `none` is the paper's."
+    return "\n".join([caption, "", *markdown_table(["block", *columns], cells), ""])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,7 +61,7 @@ def test_a_row_is_the_mean_and_the_deviation_over_seeds_beside_the_cost() -> Non
 def test_what_has_not_run_yet_is_said_or_left_out() -> None:
     one = [row("digits", "Hamburger", 0, 0.5)]
     text, pictures = accuracy.report(one, COSTS)
-    assert "| Hamburger | 50.0 (1 seed) |" in text
+    assert "| Hamburger | 50.0 | 25.0 | 50.0 | 1 |" in text
     assert "| Non-local | – |" in text
     assert pictures.keys() == {"digits.png"}
     assert "CamVid, ResNet-18" not in text
