@@ -67,9 +67,8 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds; of a single one its value."""
     if not values:
         return "–"
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def measure_networks(device: str, seconds: float = 60) -> dict[str, Any]:
@@ -291,6 +290,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.measure:
             networks = measure_networks("cuda" if torch.cuda.is_available() else "cpu")
             write_atomically(costs, json.dumps(networks, indent=1).encode())
+        if not costs.exists():
+            raise ValueError(f"{costs} does not exist: --measure makes it")
         networks = json.loads(costs.read_text())
         text, pictures = report(rows, networks)
         write_atomically(args.results / "report.md", text.encode())

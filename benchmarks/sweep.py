@@ -16,10 +16,9 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.resources import files
 from multiprocessing import get_context
@@ -167,12 +166,11 @@ def planned_runs() -> list[Run]:
 def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: int) -> dict[str, Any] | None:
     """One run and its row; None if it was interrupted. Its checkpoints are in ``folder`` until it is done."""
     torch.set_num_threads(threads)
-    started = time.time()
     task = TASKS[run.task]
     seed_everything(run.seed)
     model = task.network(task.blocks[run.block])
     sets = {split: task.data(root, split) for split in ("train", "val", "test")}
-    recipe = Recipe(**{**asdict(task.recipe), "seed": run.seed})
+    recipe = replace(task.recipe, seed=run.seed)
     history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, resume=True)
     if recipe.steps not in history:
         return None
@@ -184,7 +182,6 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
         "val": history,
         "best_step": best["step"],
         "recipe": asdict(recipe),
-        "seconds": round(time.time() - started),
         "machine": machine(device),
         "torch": torch.__version__,
         "commit": commit(),
@@ -200,13 +197,21 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none if there is no file yet."""
+    """The rows of a results file; none if there is no file yet. All are of the recipes here."""
     if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must have a JSON object a line; got {error.doc[:80]!r}") from None
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            run = Run(row["task"], row["block"], row["seed"])
+            recipe = asdict(replace(TASKS[run.task].recipe, seed=run.seed))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path} must have a row of a run in each line; got {line[:80]!r}") from None
+        if row["recipe"] != recipe:
+            raise ValueError(f"{path} must have rows of the recipes in this file; {run} was trained by another")
+        rows.append(row)
+    return rows
 
 
 def add_row(row: dict[str, Any], path: Path) -> None:
@@ -259,7 +264,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
+        if args.processes < 1:
+            raise ValueError(f"--processes must be at least 1; got {args.processes}")
+        if not any(str(run).startswith(args.only) for run in planned_runs()):
+            raise ValueError(f"--only must be what a run's name begins with, see --list; got {args.only!r}")
         runs = missing_runs(args.results, args.only)
+        if not args.list:  # what is missing shows now, not after hours
+            for task in {run.task: None for run in runs}:
+                TASKS[task].network(BLOCKS["no block"])
+                TASKS[task].data(args.root, "test")
         if args.list:
             print("\n".join(f"{'to do' if run in runs else 'done '}  {run}" for run in planned_runs()))
         else:

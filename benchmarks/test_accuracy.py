@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def row(task: str, block: str, seed: int, score: float) -> dict[str, Any]:
     made = {"task": task, "block": block, "seed": seed, "test": test, "val": {"10": test, "20": test}}
     if task == "mobilenet":
         made["test_by_stages"] = {str(t): [score + t / 100] * classes for t in EVALUATED_STAGES}
-    return {**made, "test_unmarked": [score / 2] * classes, "recipe": asdict(Recipe()), "seconds": 60}
+    recipe = asdict(replace(TASKS[task].recipe, seed=seed))
+    return {**made, "test_unmarked": [score / 2] * classes, "recipe": recipe}
 
 
 ROWS = [row(task, block, seed, 0.5 + seed / 10) for task in TASKS for block in BLOCKS for seed in (0, 1, 2)]
@@ -99,7 +100,12 @@ def test_rows_are_added_in_order_and_what_is_missing_is_the_rest(tmp_path: Path)
     assert Run("digits", "Non-local", 0) not in missing
     assert len(missing) == 3 * len(BLOCKS) - 1
     path.write_text(path.read_text() + '{"task": "digi')
-    with pytest.raises(ValueError, match=r"runs.jsonl must have a JSON object a line; got '{\"task\": \"digi'"):
+    with pytest.raises(ValueError, match=r"runs.jsonl must have a row of a run in each line; got '{\"task\": \"digi'"):
+        read_rows(path)
+    other = row("digits", "Non-local", 0, 0.5)
+    other["recipe"]["lr"] = 9.0
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="digits/Non-local/0 was trained by another"):
         read_rows(path)
 
 
@@ -135,8 +141,15 @@ def test_every_block_fits_every_network(task: str, block: str) -> None:
         assert network(torch.randn(1, 3, *size)).shape == (1, classes, *size)
 
 
-def test_streets_need_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="need --root, the folder of CamVid"):
-        sweep.streets(None, "train")
+def test_mistakes_show_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--only", "resnet18"], "need --root, the folder of CamVid"),
+        (["--only", "zzz"], "see --list; got 'zzz'"),
+        (["--processes", "0"], "--processes must be at least 1; got 0"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            sweep.main(["--results", str(tmp_path / "runs.jsonl"), *arguments])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
     sweep.main(["--list", "--only", "digits"])
     assert len(capsys.readouterr().out.splitlines()) == 3 * (3 * len(BLOCKS) + len(ABLATIONS))

@@ -196,6 +196,25 @@ BLOCKS = {
 }
 
 
+def learn(args: argparse.Namespace) -> None:
+    """Trains a network, and draws what it finds in scenes of the test set."""
+    folder = next(run for i in count() if not (run := args.output / f"run-{i}").exists())
+    recipe = Recipe(args.steps, 16, lr=0.4, norm_momentum=0.1, seed=args.seed, evaluate_every=200)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed_everything(args.seed)
+    net = ShortSightedNet(BLOCKS[args.block])
+    history = fit(net, DigitScenes("train", 20_000), DigitScenes("val", 100), normalisation, recipe, folder, device)
+    if args.steps not in history:  # after Ctrl-C
+        return
+    net.eval()
+    test = DigitScenes("test", 6)
+    images, labels = (torch.stack(values) for values in zip(*test, strict=True))
+    with torch.no_grad():
+        predictions = net(normalisation(Image(images)).to(device)).argmax(1)
+    write_figure(plot_scenes(images, labels, predictions), folder / "test_scenes.png")
+    print(f"scenes with digits it has never seen: {folder / 'test_scenes.png'}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -205,19 +224,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/digit_scenes"), help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
-    folder = next(run for i in count() if not (run := args.output / f"run-{i}").exists())
-    recipe = Recipe(args.steps, 16, lr=0.4, norm_momentum=0.1, seed=args.seed, evaluate_every=200)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seed_everything(args.seed)
-    net = ShortSightedNet(BLOCKS[args.block])
-    fit(net, DigitScenes("train", 20_000), DigitScenes("val", 100), normalisation, recipe, folder, device)
-    net.eval()
-    test = DigitScenes("test", 6)
-    images, labels = (torch.stack(values) for values in zip(*test, strict=True))
-    with torch.no_grad():
-        predictions = net(normalisation(Image(images)).to(device)).argmax(1)
-    write_figure(plot_scenes(images, labels, predictions), folder / "test_scenes.png")
-    print(f"scenes with digits it has never seen: {folder / 'test_scenes.png'}")
+    try:
+        learn(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

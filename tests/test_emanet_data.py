@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import tv_tensors
 
-from examples.emanet.data import IGNORE, VOC_NAMES, augmentation, camvid, voc, voc_colour
+from examples.emanet.data import IGNORE, VOC_NAMES, augmentation, camvid, read_picture, voc, voc_colour
 
 MASK = np.array([[0, 1, 11], [10, 3, 3]], np.uint8)
 
@@ -37,6 +37,13 @@ def test_camvid_gives_images_and_classes(root: Path) -> None:
     assert mask.tolist() == np.kron([[0, 1, IGNORE], [10, 3, 3]], np.ones((2, 2))).tolist()
 
 
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_picture(tmp_path / "photo.jpg", "RGB").shape == (3, 30, 20)
+
+
 def write_label_out_of_range(root: Path) -> None:
     Image.fromarray(np.full((2, 3), 12, np.uint8)).save(root / "trainannot" / "a.png")
 
@@ -53,6 +60,10 @@ def truncate(root: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(root / "train" / "a.png")
     whole = (root / "train" / "a.png").read_bytes()
     (root / "train" / "a.png").write_bytes(whole[: len(whole) // 2])
+
+
+def write_16_bits(root: Path) -> None:
+    Image.fromarray(np.zeros((2, 3), np.uint16)).save(root / "train" / "a.png")
 
 
 def write_text(root: Path) -> None:
@@ -79,6 +90,7 @@ def delete_folder(root: Path) -> None:
         (write_other_size, r"trainannot/a.png must have the size of its image, 3×2; got 4×2"),
         (write_colours, r"trainannot/a.png must have one channel, the classes; got 3"),
         (truncate, r"cannot read .*train/a.png: .*truncated"),
+        (write_16_bits, r"train/a.png must have 8 bits a channel; got a picture of Pillow's mode I;16"),
         (write_text, r"train/a.png is no picture that Pillow can read"),
         (delete_mask, r"train/a.png needs its mask .*trainannot/a.png, which does not exist"),
         (delete_images, r"CamVid needs images in .*train; got none"),
@@ -122,7 +134,7 @@ def test_voc_joins_its_own_masks_and_those_of_sbd(tmp_path: Path) -> None:
     for dataset in (training, voc(tmp_path, "val")):
         for _, classes in dataset:
             assert classes.tolist() == [[0, 20, IGNORE]]
-    with pytest.raises(ValueError, match="PASCAL VOC is not under"):
+    with pytest.raises(ValueError, match=r"PASCAL VOC 2012 is not under .* --download"):
         voc(tmp_path / "VOCdevkit", "val")
     with pytest.raises(ValueError, match="split must be 'train' or 'val'"):
         voc(tmp_path, "test")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert_same(load_checkpoint(tmp_path / "resumed" / name), load_checkpoint(tmp_path / "whole" / name))
 
 
-def test_a_run_is_not_overwritten_nor_resumed_with_another_recipe(streets: Path, tmp_path: Path) -> None:
-    save_checkpoint({"model": {}, "recipe": {**train.asdict(RECIPE), "lr": 1.0}}, tmp_path / "last.pt")
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(streets: Path, tmp_path: Path) -> None:
+    train_set, val_set, crop = camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24))
+
+    def go_on(transform: Any = crop, network: Any = None, resume: bool = True, **changes: Any) -> None:
+        recipe = replace(Recipe(steps=1, batch=4), **changes)
+        fit(tiny_emanet(), train_set, val_set, transform, recipe, tmp_path, resume=resume, network=network)
+
+    network = {"stages": 3}
+    go_on(network=network)
+    go_on(network=network, workers=1)
     with pytest.raises(ValueError, match="holds a run already"):
-        train_tiny(streets, tmp_path)
-    with pytest.raises(ValueError, match=r"lr = 1.0; got lr = 0.009"):
-        train_tiny(streets, tmp_path, resume=True)
+        go_on(network=network, resume=False)
+    with pytest.raises(ValueError, match=r"with lr = 0.009; got lr = 1.0$"):
+        go_on(network=network, lr=1.0)
+    with pytest.raises(ValueError, match=r"with stages = 3; got stages = 5$"):
+        go_on(network={"stages": 5})
+    with pytest.raises(ValueError, match=r"with transform = .*size=\(16, 24\).*; got transform = .*\(9, 9\)"):
+        go_on(augmentation((9, 9)), network)
+    save_checkpoint({"model": {}}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last.pt must be a run's last checkpoint; it has only model"):
+        go_on(network=network)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(streets: Path, tmp_path: Path) -> None:
+    recipe = Recipe(steps=30, batch=4, lr=1e6)
+    with pytest.raises(ValueError, match=r"the loss of step \d0 is nan: try a smaller lr than 1000000.0"):
+        fit(tiny_emanet(), camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path)
 
 
 def test_training_learns(streets: Path, tmp_path: Path) -> None:
@@ -208,6 +230,13 @@ def test_iou_is_that_of_counted_pixels(streets: Path) -> None:
     model, dataset = tiny_emanet().train(), camvid(streets, "val")
     iou = evaluate(model, dataset)
     assert model.training
+    model.backbone.eval()  # frozen norms stay frozen, also when an image cannot be read
+    evaluate(model, dataset)
+    dataset.pairs.append((streets / "missing.jpg", streets / "missing.png"))
+    with pytest.raises(ValueError, match=r"missing.jpg"):
+        evaluate(model, dataset)
+    dataset.pairs.pop()
+    assert (model.training, model.backbone.training, model.backbone[1].training) == (True, False, False)
     model.eval()
     with torch.no_grad():
         normalised = [train.augmentation(SIZE, (1, 1)).transforms[-1](*sample) for sample in dataset]
@@ -250,6 +279,9 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
     assert load_network(folder / "best.pt").names == CAMVID_NAMES
     evaluate_command.main([str(folder / "best.pt"), "--data", "camvid", "--root", str(streets), "--split", "test"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
+    with pytest.raises(SystemExit):
+        predict.main([str(folder / "best.pt"), str(streets / "test" / "0.jpg"), str(streets / "val" / "0.jpg")])
+    assert "images must have names of their own; got 2 called '0'" in capsys.readouterr().err
     predict.main([str(folder / "best.pt"), str(streets / "test" / "0.jpg"), "--output", str(tmp_path / "pictures")])
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == ["0_attention.png", "0_classes.png"]

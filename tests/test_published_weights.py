@@ -13,7 +13,7 @@ from published import PublishedEMAU
 from torch import Tensor
 
 from examples.emanet.model import emanet
-from examples.emanet.published import NAMES, load_network, main
+from examples.emanet.published import NAMES, Loaded, load_network, main, write_checkpoint
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 Shapes = dict[str, tuple[int, ...]]
@@ -277,7 +277,7 @@ def test_our_format_is_what_evaluation_and_prediction_read(format: str, tmp_path
 
 
 def test_a_network_with_torchvisions_stem_has_its_names_in_mmsegmentation(tmp_path: Path) -> None:
-    network = {"backbone": "resnet18", "num_classes": 3, "channels": 8, "num_bases": 4}
+    network = {"backbone": "resnet50", "num_classes": 3, "channels": 8, "num_bases": 4}
     model = emanet(**network)
     torch.save({"model": model.state_dict(), "network": network}, tmp_path / "ours.pt")
     main([str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pth"), "--to", "mmsegmentation"])
@@ -285,6 +285,33 @@ def test_a_network_with_torchvisions_stem_has_its_names_in_mmsegmentation(tmp_pa
     backbone = {key.removeprefix("backbone."): value for key, value in theirs.items() if key.startswith("backbone.")}
     assert backbone.keys() == model.backbone.state_dict().keys()
     assert torch.equal(backbone["bn1.running_var"], model.backbone.bn1.running_var)
+
+
+@pytest.mark.parametrize("format", SHAPES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet18"}, "means resnet50 or resnet101; got resnet18"),
+        ({"stages": 7}, "means stages = 3; got 7"),
+        ({"output_stride": 16}, "means output_stride = 8; got 16"),
+    ],
+)
+def test_networks_that_a_format_cannot_tell_are_refused(
+    format: str, change: dict, message: str, tmp_path: Path
+) -> None:
+    network = {"backbone": "resnet50", "num_classes": 3, **change}
+    with torch.device("meta"):
+        loaded = Loaded(emanet(**network), network, (), ())
+    with pytest.raises(ValueError, match=f"{format} {message}"):
+        write_checkpoint(loaded, tmp_path / "there.pth", format)
+
+
+def test_names_and_colours_are_kept_in_our_format(tmp_path: Path) -> None:
+    path = save(numbered(official_shapes(50, channels=8, bases=4, classes=2)), "official", tmp_path / "weights.pth")
+    named = load_network(path)._replace(names=("road", "car"), colours=((1, 2, 3), (4, 5, 6)))
+    write_checkpoint(named, tmp_path / "ours.pt", "ema-attention")
+    again = load_network(tmp_path / "ours.pt")
+    assert (again.names, again.colours) == (named.names, named.colours)
 
 
 def test_mmsegmentations_auxiliary_head_is_dropped(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Raises ValueError, with the file's name, for one that is missing or broken, or holds more than data."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has many ways to say that a file is not one of its own
         raise ValueError(f"cannot read the checkpoint {path}: it is broken, or not of tensors alone") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -77,14 +77,17 @@ class Segmentation(Dataset[Sample]):
 
 
 def read_picture(path: Path, mode: str | None) -> Tensor:
-    """A picture file (C, H, W), uint8, in one of Pillow's modes; None leaves the values that are in the file.
+    """A picture file (C, H, W), uint8, in one of Pillow's modes, upright; None leaves the values that are in the file.
 
     Raises:
-        ValueError: for a file that is missing, broken or no picture.
+        ValueError: for a file that is missing, broken, no picture, or has other than 8 bits a channel.
     """
     try:
         with Image.open(path) as picture:
-            return v2.functional.pil_to_tensor(picture.convert(mode) if mode else picture)
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"{path} must have 8 bits a channel; got a picture of Pillow's mode {picture.mode}")
+            values = ImageOps.exif_transpose(picture).convert(mode) if mode else picture
+            return v2.functional.pil_to_tensor(values)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no picture that Pillow can read") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some PNGs
@@ -157,7 +160,8 @@ def camvid(root: Path, split: str, size: tuple[int, int] | None = None) -> Segme
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"CamVid needs the folder {folder}, which does not exist")
-    pairs = [(path, masks / f"{path.stem}.png") for path in sorted(images.iterdir()) if path.suffix in (".jpg", ".png")]
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pairs = [(path, masks / f"{path.stem}.png") for path in paths if not path.name.startswith(".")]
     if not pairs:
         raise ValueError(f"CamVid needs images in {images}; got none")
     for image, mask in pairs:
@@ -219,7 +223,9 @@ def voc(root: Path, split: str, download: bool = False) -> Segmentation:
                 found = zip(more.images, more.masks, strict=True)
                 pairs |= {image: mask for image, mask in found if Path(image).stem not in known}
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"PASCAL VOC is not under {root}: {error}") from None
+        raise ValueError(
+            f"PASCAL VOC 2012 is not under {root}: {str(error).replace('download=True', '--download')}"
+        ) from None
     return Segmentation(
         [(Path(image), Path(mask)) for image, mask in pairs.items()],
         VOC_NAMES,
@@ -345,4 +351,6 @@ def open_data(args: argparse.Namespace, split: str) -> Segmentation:
     """The split of the data set that the arguments name. Raises ValueError if it is not there."""
     if args.data == "camvid":
         return camvid(args.root, split, args.size)
+    if args.size is not None:
+        raise ValueError("--size is for CamVid; got it with --data voc")
     return voc(args.root, split, args.download)

@@ -7,7 +7,8 @@ python -m examples.emanet.evaluate runs/voc/best.pt --data voc --root VOC --mult
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def segment(model: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), f
     height, width = image.shape[-2:]
     views = []
     for scale in scales:
-        size = [round(height * scale), round(width * scale)]
+        size = [max(1, round(side * scale)) for side in (height, width)]
         scaled = image if scale == 1 else resize(image, size, antialias=True)
         views.append(model(scaled).float().softmax(1))
         if flip:
@@ -49,19 +50,29 @@ def evaluate(
 ) -> Tensor:
     """IoU of every class over a data set, from 0 to 1; NaN for a class that is neither there nor predicted.
 
-    With several processes each takes its share of the data, and all return the same. The model is left in the
+    With several processes each takes its share of the data, and all return the same. Every module is left in the
     mode it was in.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = Subset(Normalised(dataset), range(rank, len(dataset), ranks))
     metric = MulticlassJaccardIndex(len(dataset.names), "none", ignore_index=IGNORE, zero_division=float("nan"))
     metric = metric.to(device)
-    training = model.training
-    model.eval()
-    for image, mask in tqdm(DataLoader(share), "evaluating", unit="image", leave=False, disable=rank > 0 or None):
-        metric.update(segment(model, image.to(device), scales, flip).argmax(1), mask.to(device))
-    model.train(training)
+    with evaluation_mode(model):
+        for image, mask in tqdm(DataLoader(share), "evaluating", unit="image", leave=False, disable=rank > 0 or None):
+            metric.update(segment(model, image.to(device), scales, flip).argmax(1), mask.to(device))
     return metric.compute()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def mean_iou(iou: Tensor | Sequence[float]) -> float:

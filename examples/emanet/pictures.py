@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 
 from ema_attention import EMAUnit, collect_attention_maps
 from examples.emanet.data import IGNORE, normalisation
+from examples.emanet.evaluate import evaluation_mode
 
 Colours = Sequence[Sequence[int]]
 
@@ -32,12 +33,9 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
     most of it.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     has_units = any(isinstance(module, EMAUnit) for module in model.modules())
-    with collect_attention_maps(model) if has_units else nullcontext({}) as maps:
+    with evaluation_mode(model), collect_attention_maps(model) if has_units else nullcontext({}) as maps:
         prediction = model(normalisation(tv_tensors.Image(image))[None].to(device)).argmax(1)[0].cpu()
-    model.train(training)
     prediction[mask == IGNORE] = IGNORE
     panels = {
         "image": image.permute(1, 2, 0),

@@ -25,6 +25,9 @@ def predict(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, names, colours = load_network(args.checkpoint)
     model.to(device)
+    stems = [path.stem for path in args.images]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise ValueError(f"images must have names of their own; got {stems.count(twice[0])} called {twice[0]!r}")
     for path in tqdm(args.images, unit="image"):
         image = tv_tensors.Image(read_picture(path, "RGB"))
         x = normalisation(image)[None].to(device)
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         predict(args)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
+    print(f"predictions and attention maps: {args.output}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ python -m examples.emanet.published IN OUT --to {official,mmsegmentation,ema-att
 
 Keys are renamed, and no number changes. The weights do not tell the network's multi-grid, nor how it upsamples: an
 official checkpoint is taken to be one of the published network, with output stride 8 and multi-grid 1, 2, 4, and one of
-mmsegmentation to have no multi-grid, as its configurations. Its auxiliary head, which only training uses, is dropped.
+mmsegmentation to have no multi-grid, as its configurations; who converts one to it has to set it there. The auxiliary
+head, which only training uses, is dropped.
 
 Here bases have exact unit norm; the official code adds 1e-6 to the norm and to the sums of the maps. That is nothing
 but rounding. The bases in the file may be shorter than 1, and EM starts from them as they are.
@@ -49,6 +50,8 @@ NAMES = {
 """What the keys of :class:`EMANet` start with, and what they start with in each format."""
 WEIGHTS = {"official": "net", "mmsegmentation": "state_dict", "ema-attention": "model"}
 """The entry of a checkpoint that holds the weights."""
+UNSAID = {"output_stride": 8, "stages": 3}
+"""What the published networks are, and our defaults; their weights do not tell."""
 BACKBONES = {6: "resnet50", 23: "resnet101"}
 """By the number of layer3's blocks."""
 
@@ -89,6 +92,7 @@ def load_network(path: Path | str) -> Loaded:
         with torch.device("meta"):
             model = emanet(**network)
         model.load_state_dict(weights, assign=True)
+        model.float()
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n\t")[:2][-1]  # the first, where load_state_dict has many
         raise ValueError(f"{path} must hold the weights of an EMANet: {shorten(reason, 200)}") from error
@@ -137,20 +141,32 @@ def describe(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(model: EMANet, network: dict[str, Any], path: Path, format: str) -> None:
-    """Writes the weights of a network, which :func:`emanet` builds with the arguments ``network``, in a format.
+def write_checkpoint(loaded: Loaded, path: Path, format: str) -> None:
+    """Writes a network in a format. Class names and colours are kept in ours alone.
 
     Raises:
-        ValueError: for weights that have no place in it, as ``conv_cat`` has none in the official one.
+        ValueError: for weights that have no place in it, as ``conv_cat`` has none in the official one, and for a
+            backbone, output stride or stages that the other formats do not have.
     """
+    model, network, *_ = loaded
     names = NAMES[format]
+    if format != "ema-attention" and network["backbone"] not in BACKBONES.values():
+        known = " or ".join(BACKBONES.values())
+        raise ValueError(f"cannot write the checkpoint {path}: {format} means {known}; got {network['backbone']}")
+    if format != "ema-attention":
+        for name, value in UNSAID.items():
+            if network.get(name, value) != value:
+                raise ValueError(
+                    f"cannot write the checkpoint {path}: {format} means {name} = {value}; got {network[name]}"
+                )
     if network.get("stem_channels") is None and format == "mmsegmentation":  # torchvision's stem has its names there
         names = {ours: theirs for ours, theirs in names.items() if not theirs.startswith("backbone.stem.")}
     try:
         weights = rename(model.state_dict(), names)
     except ValueError as error:
         raise ValueError(f"cannot write the checkpoint {path}: {format} has {error}") from error
-    rest = {"official": {"step": 0}, "mmsegmentation": {"meta": {}}, "ema-attention": {"network": network}}
+    ours = {"network": network, "names": loaded.names, "colours": loaded.colours}
+    rest = {"official": {"step": 0}, "mmsegmentation": {"meta": {}}, "ema-attention": ours}
     save_checkpoint({WEIGHTS[format]: weights, **rest[format]}, path)
 
 
@@ -161,11 +177,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", required=True, choices=NAMES, help="the format of OUT")
     options = parser.parse_args(arguments)
     try:
-        model, network, *_ = load_network(options.input)
-        write_checkpoint(model, network, options.output, options.to)
+        loaded = load_network(options.input)
+        write_checkpoint(loaded, options.output, options.to)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    print(f"{options.output}: {options.to}, {', '.join(f'{name}={value}' for name, value in network.items())}")
+    print(f"{options.output}: {options.to}, {', '.join(f'{name}={value}' for name, value in loaded.network.items())}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ network with the best mIoU on the validation set; TensorBoard shows the run: ``t
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -132,7 +133,8 @@ def fit(
         network: what the checkpoints tell :func:`load_network` of how to build the model.
 
     Raises:
-        ValueError: if the folder holds a run and ``resume`` is not given, or a run of another recipe.
+        ValueError: if the folder holds a run and ``resume`` is not given, or a run of another network, recipe or data
+            set; if the loss is not finite.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(device)
@@ -146,23 +148,25 @@ def fit(
     scheduler = PolynomialLR(optimizer, recipe.steps, power=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    facts = {
+        "recipe": asdict(recipe),
+        "network": network,
+        "samples": len(train_set),
+        "transform": " ".join(str(transform).split()),
+        "names": train_set.names,
+        "colours": train_set.colours,
+    }
     step, history = 0, {}
     last, best = folder / "last.pt", folder / "best.pt"
     if last.exists():
         if not resume:
             raise ValueError(f"{folder} holds a run already: resume it, or choose another folder")
-        step, history = restore(state, recipe, last)
+        step, history = restore(state, facts, last)
     parallel = DistributedDataParallel(model) if ranks > 1 else model
 
     def save(path: Path) -> None:
         if rank == 0:
             states = {name: part.state_dict() for name, part in state.items()}
-            facts = {
-                "recipe": asdict(recipe),
-                "network": network,
-                "names": train_set.names,
-                "colours": train_set.colours,
-            }
             save_checkpoint({"step": step, "history": history, **facts, **states}, path)
 
     batches = Batches(len(train_set), recipe.batch, step, recipe.steps, recipe.seed, rank, ranks)
@@ -188,6 +192,8 @@ def fit(
             stopped = agree(is_stopped(), device)
             if writer and step % SCALARS_EVERY == 0:
                 scalars = {"loss": loss.item(), "lr": scheduler.get_last_lr()[0]}
+                if not math.isfinite(scalars["loss"]):
+                    raise ValueError(f"the loss of step {step} is {scalars['loss']}: try a smaller lr than {recipe.lr}")
                 bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
@@ -196,7 +202,7 @@ def fit(
                     share_buffers(model)
                 iou = evaluate(model, val_set, device)
                 history[step] = iou.tolist()
-                if mean_iou(iou) >= max(map(mean_iou, history.values())):
+                if len(history) == 1 or mean_iou(iou) > max(map(mean_iou, list(history.values())[:-1])):
                     save(best)
                 save(last)  # behind the best: a run that dies in between evaluates again
                 if writer:
@@ -209,19 +215,28 @@ def fit(
     return history
 
 
-def restore(state: dict[str, Any], recipe: Recipe, path: Path) -> tuple[int, dict[int, list[float]]]:
+def restore(state: dict[str, Any], facts: dict[str, Any], path: Path) -> tuple[int, dict[int, list[float]]]:
     """Loads a checkpoint into model, optimizer, scheduler and scaler, and returns its step and evaluations.
 
     Raises:
-        ValueError: if the checkpoint is of another recipe.
+        ValueError: if the checkpoint is of another network, recipe or data set.
     """
     checkpoint = load_checkpoint(path)
-    for name, value in asdict(recipe).items():
-        if name != "workers" and checkpoint["recipe"][name] != value:
-            raise ValueError(f"{path} is of a run with {name} = {checkpoint['recipe'][name]}; got {name} = {value}")
+    if not facts.keys() | state.keys() <= checkpoint.keys():
+        raise ValueError(f"{path} must be a run's last checkpoint; it has only {', '.join(checkpoint)}")
+    for name, value in _settings(facts).items():
+        theirs = _settings(checkpoint).get(name)
+        if name != "workers" and theirs != value:
+            raise ValueError(f"{path} is of a run with {name} = {theirs}; got {name} = {value}")
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
     return checkpoint["step"], checkpoint["history"]
+
+
+def _settings(facts: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must have in common, by name."""
+    alike = {name: facts[name] for name in ("samples", "transform", "names")}
+    return {**facts["recipe"], **(facts["network"] or {}), **alike}
 
 
 @contextmanager
@@ -331,7 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         network["num_classes"] = len(train_set.names)
         seed_everything(recipe.seed)
-        weights = args.weights_backbone
+        resumes = args.resume and (args.folder / "last.pt").exists()
+        weights = "none" if resumes else args.weights_backbone
         model = emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
         if weights not in ("DEFAULT", "none"):
             load_backbone(model, Path(weights))
@@ -339,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
             history = fit(
                 model, train_set, val_set, augmentation(args.crop), recipe, args.folder, device, args.resume, network
             )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     if recipe.steps not in history:
         print(f"stopped; go on with --resume: {args.folder / 'last.pt'}")
