@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ema_attention import EMAUnit, EMStages, collect_attention_maps, em_stages, explore_attention, explore_stages
+from ema_attention import (
+    EMAUnit,
+    EMStages,
+    collect_attention_maps,
+    em_attention,
+    em_stages,
+    explore_attention,
+    explore_stages,
+)
 
 
 def stages(*spatial: int, batch: int = 1, bases: int = 5, number: int = 4, scale: float = 4.0) -> EMStages:
@@ -90,6 +98,23 @@ def test_more_positions_than_a_page_shows_are_averaged():
     assert (long["block"], long["size"]) == (4, [1, 1, 10_000])
 
 
+@pytest.mark.parametrize(("spatial", "image"), [((10_001,), (1, 9)), ((101, 101), (1, 9, 9))])
+def test_blocks_that_do_not_divide_the_size_are_alike_from_either_end(spatial, image):
+    """The page draws all of them equally wide, so that none may be of fewer positions than its place has."""
+    z = torch.rand(1, 1, 1, *spatial)
+    there, back = (
+        read(explore_stages(EMStages(maps, torch.zeros(2, 1)), [torch.rand(image)]))["views"][0]
+        for maps in (z, z.flip(-1))
+    )
+    assert spatial[-1] % there["size"][2]
+    torch.testing.assert_close(there["z"], back["z"].flip(-1), rtol=0, atol=1 / 4000)
+
+
+def test_slices_are_not_averaged():
+    (view,) = read(explore_stages(stages(11_000, 1, 1, bases=2, number=1), [torch.rand(1, 11_000, 1, 1)]))["views"]
+    assert view["size"] == [11_000, 1, 1]
+
+
 def test_it_is_one_file_that_loads_nothing():
     page = explore_stages(stages(4, 5), torch.rand(1, 3, 8, 10))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -163,6 +188,9 @@ def test_tokens_of_a_photograph_are_laid_out_on_a_grid():
     torch.testing.assert_close(view["z"][-1, :, 0], maps[""][0, :, 1:].view(4, 3, 5), rtol=0, atol=1 / 8189)
     with pytest.raises(ValueError, match=r"grid must be of at most the 16 tokens of ''; got \(3, 6\)"):
         explore_attention(unit, tokens, photo, grid=(3, 6))
+    for grid in ((-3, -5), (3.0, 5), (3, 5, 1), 15):
+        with pytest.raises(ValueError, match="grid must be .* two positive integers; got " + re.escape(repr(grid))):
+            explore_attention(unit, tokens, photo, grid=grid)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +201,7 @@ def test_tokens_of_a_photograph_are_laid_out_on_a_grid():
         ((9,), [torch.rand(3, 8, 10)], r"image 0 must be a finite signal .* grid of the tokens .*; got \(3, 8, 10\)"),
         ((9,), [torch.full((9,), torch.nan)], r"image 0 must be a finite signal .*; got \(9,\)"),
         ((2, 3, 4), [torch.rand(2, 5, 8, 10)], r"image 0 must be a volume .*; got \(2, 5, 8, 10\)"),
-        ((2, 2, 3, 4), [torch.rand(8, 10)], "z of image 0 must have one to three spatial dimensions; got 4"),
+        ((2, 2, 3, 4), [torch.rand(8, 10)], "the maps of image 0 must have one to three spatial dimensions; got 4"),
     ],
 )
 def test_images_that_do_not_fit_are_refused_in_one_sentence(spatial, images, message):
@@ -190,7 +218,49 @@ def test_maps_that_are_not_finite_are_named():
         explore_attention(model, x, torch.rand(2, 3, 8, 10), names=["left", "right"])
 
 
-def test_without_pillow_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r'needs Pillow: pip install "ema-attention\[plot\]"'):
-        explore_stages(stages(4, 5), torch.rand(1, 3, 8, 10))
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_objective_that_is_not_finite_is_named(value):
+    z, objective = stages(4, 5)
+    objective[2] = value
+    with pytest.raises(ValueError, match=rf"the objective of cat must be finite; got \[.*{value}.*\]"):
+        explore_stages(EMStages(z, objective), torch.rand(1, 3, 8, 10), names=["cat"])
+
+
+GOOD = stages(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (em_attention(torch.randn(1, 6, 4, 5), torch.randn(6, 3), 2), TypeError, "stages must be .*; got Tensor"),
+        (tuple(GOOD), TypeError, "stages must be EMStages, .*; got Tensor"),
+        ({"1": GOOD.z[-1]}, TypeError, "stages of '1' must be EMStages, .*; got Tensor"),
+        (3, TypeError, "stages must be EMStages, .*; got int"),
+        (EMStages(GOOD.z.numpy(), GOOD.objective), TypeError, "stages must be tensors; got ndarray"),
+        ([], ValueError, "stages must be of one sample or more; got none"),
+        ({}, ValueError, "stages must be of one sample or more; got none"),
+        (EMStages(GOOD.z[:, :0], GOOD.objective[:, :0]), ValueError, r"no dimension of 0; got \(4, 0, 5, 4, 5\)"),
+        (EMStages(GOOD.z, GOOD.objective[1:]), ValueError, r"objective \(T \+ 1, B\), .* and \(4, 1\)"),
+        (EMStages(GOOD.z, GOOD.objective[:, 0]), ValueError, r"objective \(T \+ 1, B\), .* and \(5,\)"),
+        ({"a": GOOD, "b": stages(4, 5, batch=2)}, ValueError, "same samples; got {'a': 1, 'b': 2}"),
+    ],
+)
+def test_what_are_no_stages_is_refused_in_one_sentence(wrong, error, message):
+    with pytest.raises(error, match=message) as caught:
+        explore_stages(wrong, torch.rand(1, 3, 8, 10))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["a", [1], [None]])
+def test_names_are_strings(names):
+    with pytest.raises(TypeError, match="names must be a list of strings; got " + re.escape(repr(names))):
+        explore_stages(GOOD, torch.rand(1, 3, 8, 10), names=names)
+
+
+@pytest.mark.parametrize("package", ["numpy", "PIL"])
+def test_without_a_package_the_error_names_the_extra(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    photos = torch.rand(1, 3, 8, 10)
+    for explore in (lambda: explore_stages(GOOD, photos), lambda: explore_attention(EMAUnit(3, 2), photos, photos)):
+        with pytest.raises(ImportError, match=r'needs numpy and Pillow: pip install "ema-attention\[plot\]"'):
+            explore()

@@ -311,3 +311,63 @@ def test_a_position_that_takes_no_part_says_so(visit):
         page.check(f'#show [value="{show}"]')
         assert (painted(page)[:, 5:, 3] == 0).all()
         assert (painted(page)[:, :5, 3] > 0).all()
+
+
+def test_a_sample_of_no_position_says_so(visit, stages):
+    z = torch.cat([stages.z, 0 * stages.z], 1)
+    page = visit(explore_stages(EMStages(z, torch.zeros(6, 2)), torch.rand(2, 3, 60, 80)))
+    for index, masked in ((1, True), (0, False)):
+        page.locator(".stack").nth(index).focus()
+        page.check('#show [value="basis"]')
+        assert page.inner_text("#legend").startswith("No position of this image takes part in EM.") == masked
+        assert page.locator("#legend .scale").count() == (not masked)
+        assert page.is_visible("#places-title") != masked
+        assert page.is_visible("#no-places") == masked
+
+
+def test_a_basis_is_chosen_in_every_image_and_drawn_on_one_scale(visit):
+    """Of the same unit; another unit keeps its own basis."""
+    z = torch.full((1, 2, 3, 6, 8), 0.25)
+    z[:, 1, 1] = 0.5  # basis 1 has the largest share of the right image alone
+    units = {"a": EMStages(z, torch.zeros(2, 2)), "b": EMStages(z[:, :, :2].flip(1), torch.zeros(2, 2))}
+    page = visit(explore_stages(units, torch.rand(2, 3, 60, 80), names=["left", "right"]))
+    page.check('#show [value="basis"]')
+
+    def shown() -> list[str]:
+        return [name.rpartition(" ")[2] for name in page.locator(".view .name").all_inner_texts()]
+
+    def reds() -> list[int]:
+        return page.locator(".stack canvas").evaluate_all(
+            "all => all.map((shown) => { const context = new OffscreenCanvas(8, 6).getContext('2d');"
+            "context.drawImage(shown, 0, 0); return context.getImageData(2, 2, 1, 1).data[0]; })"
+        )
+
+    assert shown() == ["0", "1", "0", "1"]
+    page.click('#maps [data-basis="1"]')
+    assert shown() == ["1", "1", "1", "1"]
+    left, _, right, _ = reds()
+    assert right > left + 50
+    page.click('#maps [data-basis="2"]')
+    assert shown() == ["2", "1", "2", "1"]
+    left, _, right, _ = reds()
+    assert left == right
+    assert "50.0" in page.inner_text("#legend")
+    assert "basis 2 of unit a" in page.inner_text("#legend")
+
+
+@pytest.mark.parametrize("size", [(2, 128), (128, 2)])
+def test_a_thin_image_is_stretched_until_it_can_be_seen(visit, size):
+    page = visit(explore_stages(problem(*size, bases=3, number=1), torch.rand(1, 3, *size)))
+    for shown in (".stack", "#maps canvas"):
+        box = page.locator(shown).first.bounding_box()
+        assert max(box["width"] / box["height"], box["height"] / box["width"]) == pytest.approx(6, rel=0.05)
+
+
+def test_a_damaged_page_says_so(browser, tmp_path):
+    (tmp_path / "page.html").write_text(
+        explore_stages(problem(2, 3), torch.rand(1, 3, 4, 6)).replace('{"views"', '{"views'), encoding="utf-8"
+    )
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("#trouble:has-text('This page is damaged')")
+    page.close()

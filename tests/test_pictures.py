@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ema_attention.pictures import plot_attention_maps, plot_em_stages
+from ema_attention.pictures import as_photo, plot_attention_maps, plot_em_stages
 
 
 def maps(num_bases: int, height: int = 6, width: int = 9) -> torch.Tensor:
@@ -105,6 +105,13 @@ def test_every_kind_of_image_gives_the_same_picture():
         assert np.abs(draw(plot_attention_maps(image, z.requires_grad_())).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["P", "RGBA", "L", "1", "CMYK"])
+def test_an_image_of_pillow_is_converted_by_its_mode(mode):
+    image = Image.effect_noise((30, 20), 60).convert("RGB").convert(mode)
+    expected = torch.from_numpy(np.array(image.convert("RGB"))) / 255
+    torch.testing.assert_close(as_photo(image).expand(-1, -1, 3), expected)
+
+
 def test_a_grey_image_is_drawn_grey():
     grey = torch.linspace(0, 1, 600).view(20, 30)
     for image in (grey[None], grey.numpy(), (grey * 255).byte().numpy()):
@@ -153,6 +160,7 @@ IMAGE = torch.rand(3, 20, 30)
         (np.zeros((0, 30)), maps(2), ValueError, r"image must be .*; got ndarray \(0, 30\)"),
         (IMAGE * 255, maps(2), ValueError, r"image must have values from 0 to 1; got .* to 25\d"),
         (IMAGE.long(), maps(2), TypeError, "image must be uint8 or floating point; got torch.int64"),
+        (Image.new("I", (30, 20)), maps(2), TypeError, "image must be uint8 or floating point; got int32"),
         ("cat.png", maps(2), TypeError, "image must be uint8 or floating point; got <U7"),
     ],
 )
@@ -204,17 +212,24 @@ def test_the_panels_of_the_stages_lie_apart_and_inside_the_figure(num_bases):
 
 
 @pytest.mark.parametrize(
-    ("z", "objective", "message"),
+    ("z", "objective", "error", "message"),
     [
-        (maps(2), torch.zeros(3), r"z must be a tensor \(T, K, H, W\), .* got \(2, 6, 9\) and \(3,\)"),
-        (stages(2)[0], [1, 2, 3], r"z must be a tensor .* got \(2, 4, 6, 9\) and list"),
-        (stages(2)[0], torch.zeros(2), r"objective must be \(3,\), finite, for 2 stages; got \(2,\)"),
-        (stages(2)[0], torch.full((3,), torch.nan), r"objective must be \(3,\), finite, for 2 stages; got \(3,\)"),
-        (stages(2)[0] * torch.nan, torch.zeros(3), "z must have values from 0 to 1; got nan to nan"),
+        (maps(2), torch.zeros(3), ValueError, r"z must be \(T, K, H, W\), .*; got \(2, 6, 9\)"),
+        (stages(2)[0].numpy(), torch.zeros(3), TypeError, "z must be a tensor; got ndarray"),
+        (stages(2)[0], [1, 2, 3], TypeError, "objective must be a tensor; got list"),
+        (stages(2)[0], torch.zeros(2), ValueError, r"objective must be \(3,\), finite, for 2 stages; got \(2,\)"),
+        (
+            stages(2)[0],
+            torch.full((3,), torch.nan),
+            ValueError,
+            r"objective must be \(3,\), finite, for 2 stages; got \(3,\)",
+        ),
+        (stages(2)[0] * torch.tensor([9, 1]).view(2, 1, 1, 1), torch.zeros(3), ValueError, "z must have values from 0"),
+        (stages(2)[0] * torch.nan, torch.zeros(3), ValueError, "z must have values from 0 to 1; got nan to nan"),
     ],
 )
-def test_stages_that_do_not_fit_are_refused_in_one_sentence(z, objective, message):
-    with pytest.raises(ValueError, match=message):
+def test_stages_that_do_not_fit_are_refused_in_one_sentence(z, objective, error, message):
+    with pytest.raises(error, match=message):
         plot_em_stages(torch.rand(3, 12, 18), z, objective)
 
 

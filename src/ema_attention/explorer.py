@@ -1,4 +1,4 @@
-"""The explorer: EM attention as one HTML page to look into. It needs Pillow: the extra ``ema-attention[plot]``."""
+"""The explorer: EM attention as one HTML page to look into. It needs the extra ``ema-attention[plot]``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ema_attention.stages import EMStages, model_stages
 
 __all__ = ["explore_attention", "explore_stages"]
 
-_MOST_POSITIONS = 10_000  # of the maps of one unit over one image; more are averaged in blocks
+_MOST_POSITIONS = 10_000  # of the maps of one unit over one image; of more, each slice is averaged in blocks
 _MOST_POINTS = 1000  # of the line of a signal
 _LEVELS = 4095  # 12 bits: exact to the digit that the page shows
 _STRONGEST = 5  # positions of a basis that are listed
@@ -39,8 +39,8 @@ def explore_attention(
     The page is one HTML file that loads nothing, from nowhere. It shows each image with the maps of each unit
     over it: the bases that explain a position and how much; the map of a basis, its share of the image, its
     strongest positions; EM's stages, with the objective. The maps are rounded to 1/4095 of the basis's
-    largest value; where a unit has more than 10,000 positions they are averaged in blocks. The model runs as in
-    :func:`model_stages`.
+    largest value; where a unit has more than 10,000 positions, those of each slice are averaged in blocks (an
+    image is one slice). The model runs as in :func:`model_stages`.
 
     Args:
         model: a model with one unit or more.
@@ -50,16 +50,16 @@ def explore_attention(
             a video (D, H, W) or (C, D, H, W), C being 1 or 3, with values like a photograph's. The maps are
             taken to cover the whole image.
         names: of the images.
-        grid: (h, w), for tokens of photographs: maps in one dimension are laid out so. Tokens before the last
-            h·w, such as a class token, are not shown.
+        grid: (h, w), for tokens of photographs: maps in one dimension are laid out so, and others stay as they
+            are. Tokens before the last h·w, such as a class token, are not shown.
 
     Returns:
         The page; ``Path("page.html").write_text(page, encoding="utf-8")`` writes it.
 
     Raises:
-        ImportError: without Pillow.
-        TypeError, ValueError: for a model in which no unit runs, maps that are not finite, images that do not
-            fit the maps.
+        ImportError: without numpy or Pillow.
+        TypeError, ValueError: for a model in which no unit runs, maps or an objective that are not finite, images
+            that do not fit the maps, names that are not strings, a grid that is not two positive integers.
 
     Example:
         >>> from ema_attention import EMAUnit
@@ -69,6 +69,11 @@ def explore_attention(
         >>> page[:15]
         '<!doctype html>'
     """
+    _need_numpy_and_pillow()
+    if grid is not None and not (
+        isinstance(grid, Sequence) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
+    ):
+        raise ValueError(f"grid must be (h, w), two positive integers; got {grid!r}")
     batches = [x] if isinstance(x, Tensor) else x
     return explore_stages([_on_grid(model_stages(model, batch), grid) for batch in batches], images, names=names)
 
@@ -91,17 +96,23 @@ def explore_stages(
         The page.
 
     Raises:
-        ImportError, TypeError, ValueError: as :func:`explore_attention`.
+        ImportError, TypeError, ValueError: as :func:`explore_attention`, and for stages of no sample, of other
+            shapes or types, or of different samples for different units.
 
     Example:
         >>> from ema_attention import em_stages
         >>> mu = torch.nn.functional.normalize(torch.randn(16, 4), dim=0)
         >>> page = explore_stages(em_stages(torch.randn(1, 16, 6, 8), mu, stages=10), [torch.rand(3, 48, 64)])
     """
-    batches = [stages] if isinstance(stages, EMStages | Mapping) else stages
+    _need_numpy_and_pillow()
+    batches = stages if isinstance(stages, Sequence) and not isinstance(stages, EMStages) else [stages]
     samples = [sample for batch in batches for sample in _samples(batch)]
+    if not samples:
+        raise ValueError("stages must be of one sample or more; got none")
     images = list(images)
-    names = [f"image {i}" for i in range(len(images))] if names is None else list(names)
+    names = [f"image {i}" for i in range(len(images))] if names is None else names
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a list of strings; got {names!r}")
     if not len(samples) == len(images) == len(names):
         raise ValueError(
             f"images and names must be as many as the samples, {len(samples)}; got {len(images)} images "
@@ -111,17 +122,28 @@ def explore_stages(
     views = []
     for i, sample in enumerate(samples):
         for unit, (z, objective) in sample.items():
-            view = _view(z, objective, where=f"the maps of {unit!r} over {names[i]}" if unit else f"z of {names[i]}")
+            of = f"{unit!r} over {names[i]}" if unit else names[i]
+            view = _view(z, objective, of)
             key = (i, z.dim() - 2, view["size"][0])
             if key not in pictures:
                 pictures[key] = _picture(images[i], *key[1:], names[i])
             views.append({**view, "unit": unit, "image": i, "picture": list(pictures).index(key)})
     most = max(view["bases"] for view in views)
     colours = ["#" + bytes(round(255 * part) for part in colour_of_basis(k)).hex() for k in range(most)]
-    data = {"views": views, "pictures": list(pictures.values()), "names": names, "colours": colours}
+    data = {"views": views, "pictures": list(pictures.values()), "names": list(names), "colours": colours}
     template = resources.files("ema_attention").joinpath("explorer.html").read_text(encoding="utf-8")
     # No tag can begin inside the data: a name may hold anything.
-    return template.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+    return template.replace(
+        "{{data}}", json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    )
+
+
+def _need_numpy_and_pillow() -> None:
+    try:
+        import numpy  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError('the explorer needs numpy and Pillow: pip install "ema-attention[plot]"') from error
 
 
 def _on_grid(stages: Mapping[str, EMStages], grid: tuple[int, int] | None) -> dict[str, EMStages]:
@@ -130,7 +152,7 @@ def _on_grid(stages: Mapping[str, EMStages], grid: tuple[int, int] | None) -> di
         if grid is None or z.dim() != 4:
             continue
         tokens = math.prod(grid)
-        if not 0 < tokens <= z.shape[3]:
+        if tokens > z.shape[3]:
             raise ValueError(f"grid must be of at most the {z.shape[3]} tokens of {name!r}; got {grid}")
         laid_out[name] = EMStages(z[..., -tokens:].unflatten(3, grid), objective)
     return laid_out
@@ -138,31 +160,51 @@ def _on_grid(stages: Mapping[str, EMStages], grid: tuple[int, int] | None) -> di
 
 def _samples(stages: EMStages | Mapping[str, EMStages]) -> list[dict[str, tuple[Tensor, Tensor]]]:
     """For each sample, by unit, its maps (T, K, *spatial) and its objective (T + 1,)."""
-    units = {"": stages} if isinstance(stages, EMStages) else stages
-    columns = [
-        [(name, (z[:, b].float().cpu(), objective[:, b])) for b in range(z.shape[1])]
-        for name, (z, objective) in units.items()
-    ]
+    units = stages if isinstance(stages, Mapping) else {"": stages}
+    columns = []
+    for name, unit in units.items():
+        of = f" of {name!r}" if name else ""
+        if not isinstance(unit, EMStages):
+            raise TypeError(
+                f"stages{of} must be EMStages, as em_stages and model_stages return them; got {type(unit).__name__}"
+            )
+        z, objective = unit
+        for part in unit:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"stages{of} must be tensors; got {type(part).__name__}")
+        if z.dim() < 3 or not z.numel() or objective.shape != (len(z) + 1, z.shape[1]):
+            raise ValueError(
+                f"stages{of} must be z (T, B, K, *spatial) and objective (T + 1, B), with no dimension of 0; "
+                f"got {tuple(z.shape)} and {tuple(objective.shape)}"
+            )
+        columns.append([(name, (z[:, b].float().cpu(), objective[:, b])) for b in range(z.shape[1])])
+    if len({len(column) for column in columns}) > 1:
+        batches = {name: unit.z.shape[1] for name, unit in units.items()}
+        raise ValueError(f"every unit must have the same samples; got {batches}")
     return [dict(row) for row in zip(*columns, strict=True)]
 
 
-def _view(z: Tensor, objective: Tensor, where: str) -> dict[str, Any]:
+def _view(z: Tensor, objective: Tensor, of: str) -> dict[str, Any]:
     """What the page knows of the maps z (T, K, *spatial) of one unit over one image."""
     if not 3 <= z.dim() <= 5:
-        raise ValueError(f"{where} must have one to three spatial dimensions; got {z.dim() - 2}")
-    check_from_0_to_1(where, z)
+        raise ValueError(f"the maps of {of} must have one to three spatial dimensions; got {z.dim() - 2}")
+    check_from_0_to_1(f"the maps of {of}", z)
+    if not objective.isfinite().all():
+        raise ValueError(f"the objective of {of} must be finite; got {objective.tolist()}")
     share = z.flatten(2).mean(2)
     flat = z.dim() == 3
     z = z.view(*z.shape[:2], *(1,) * (5 - z.dim()), *z.shape[2:])  # (T, K, slices, rows, columns)
     excess = z[0, 0].numel() / _MOST_POSITIONS
     block = max(1, math.ceil(excess if flat else math.sqrt(excess)))
     if block > 1:
-        z = F.avg_pool2d(z.flatten(0, 1), (1 if flat else block, block), ceil_mode=True).unflatten(0, z.shape[:2])
+        # Evenly, as the page draws them: the last block is as wide as the others.
+        blocks = (math.ceil(z.shape[3] / block), math.ceil(z.shape[4] / block))
+        z = F.adaptive_avg_pool2d(z.flatten(0, 1), blocks).unflatten(0, z.shape[:2])
     stages, bases, *size = z.shape
     peak = z.amax((0, 2, 3, 4)).clamp_min(torch.finfo(z.dtype).tiny)
     levels = (z / peak.view(-1, 1, 1, 1) * _LEVELS).round().int()
     levels[1:] -= levels[:-1].clone()  # the stages of EM differ less and less
-    planes = torch.stack([levels >> 8, levels]).byte()  # modulo 65536; apart, the high bytes compress well
+    planes = torch.stack([levels >> 8, levels]).byte()  # modulo 65536; apart, high bytes compress well
     return {
         "size": size,
         "block": block,
@@ -231,10 +273,7 @@ def _lines(signal: Tensor) -> list[list[float]]:
 
 def _data_uri(photo: Tensor) -> str:
     """A photograph (H, W, 1 or 3), from 0 to 1, as JPEG."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('the explorer needs Pillow: pip install "ema-attention[plot]"') from error
+    from PIL import Image
 
     buffer = io.BytesIO()
     pixels = (photo * 255).round().byte().expand(-1, -1, 3)

@@ -34,7 +34,7 @@ def plot_attention_maps(image: Any, z: Tensor) -> Figure:
 
     Args:
         image: the photograph: a tensor (3, H, W) or (1, H, W), or anything that ``numpy.asarray`` makes
-            (H, W) or (H, W, 3) of; uint8, or floating point from 0 to 1.
+            (H, W) or (H, W, 3) of, uint8 or floating point from 0 to 1; or a PIL image, which becomes RGB.
         z: the maps of one sample, (K, h, w): ``em_attention(...).z[0]``, or ``maps[name][0]`` of those
             that :func:`collect_attention_maps` collects.
 
@@ -55,7 +55,7 @@ def plot_attention_maps(image: Any, z: Tensor) -> Figure:
     """
     _need_matplotlib("plot_attention_maps")
     photo = as_photo(image)
-    _check_maps(z)
+    _check_maps(z, "K, H, W")
     z = z.detach().float().cpu()
     shares = z.mean((1, 2)).tolist()
     z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
@@ -108,14 +108,13 @@ def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     photo = as_photo(image)
-    if not isinstance(z, Tensor) or z.dim() != 4 or not len(z) or not isinstance(objective, Tensor):
-        raise ValueError(
-            "z must be a tensor (T, K, H, W), the maps of each stage, and objective a tensor (T + 1,); "
-            f"got {_shape(z)} and {_shape(objective)}"
-        )
-    _check_maps(z[-1])
+    _check_maps(z, "T, K, H, W")
+    if not isinstance(objective, Tensor):
+        raise TypeError(f"objective must be a tensor; got {type(objective).__name__}")
     if objective.shape != (len(z) + 1,) or not objective.isfinite().all():
-        raise ValueError(f"objective must be ({len(z) + 1},), finite, for {len(z)} stages; got {_shape(objective)}")
+        raise ValueError(
+            f"objective must be ({len(z) + 1},), finite, for {len(z)} stages; got {tuple(objective.shape)}"
+        )
     colours = [colour_of_basis(k) for k in range(z.shape[1])]
     ratio = len(z) ** (1 / (_MOST_STAGES - 1))
     farther = {min(len(z), round(ratio**i)) for i in range(_MOST_STAGES)}
@@ -152,10 +151,6 @@ def _need_matplotlib(function: str) -> None:
         raise ImportError(f'{function} needs matplotlib: pip install "ema-attention[plot]"') from error
 
 
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _draw_assignment(ax: Axes, photo: Tensor, z: Tensor, colours: list[tuple[float, float, float]]) -> None:
     """The strongest basis of every position of z (K, H, W) over the grey photograph, numbered in its widest region."""
     from matplotlib.colors import ListedColormap
@@ -177,7 +172,10 @@ def _draw_assignment(ax: Axes, photo: Tensor, z: Tensor, colours: list[tuple[flo
 def as_photo(image: Any) -> Tensor:
     """The image as float (H, W, 3) or (H, W, 1), no larger than a panel shows."""
     import numpy as np
+    from PIL import Image
 
+    if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):  # those have no range to convert from
+        image = image.convert("RGB")
     if isinstance(image, Tensor):
         photo = image.detach().cpu()
         fits = photo.dim() == 3 and len(photo) in (1, 3)
@@ -207,13 +205,13 @@ def as_photo(image: Any) -> Tensor:
     return photo.clamp(0, 1)
 
 
-def _check_maps(z: Tensor) -> None:
+def _check_maps(z: Tensor, dimensions: str) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor; got {type(z).__name__}")
     if not z.is_floating_point():
         raise TypeError(f"z must be of a floating point dtype; got {z.dtype}")
-    if z.dim() != 3 or not z.numel():
-        raise ValueError(f"z must be (K, H, W), one sample of the maps; got {tuple(z.shape)}")
+    if z.dim() != len(dimensions.split()) or not z.numel():
+        raise ValueError(f"z must be ({dimensions}), one sample of the maps; got {tuple(z.shape)}")
     check_from_0_to_1("z", z)
 
 
