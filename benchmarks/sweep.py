@@ -44,6 +44,7 @@ from examples.emanet.model import EMANet, resnet_features
 from examples.emanet.train import Recipe, fit
 
 RESULTS = Path(__file__).parent / "results" / "accuracy" / "runs.jsonl"
+COMMIT = commit()  # of the code as this process has read it; it may change while runs go on
 SEEDS = (0, 1, 2)
 MakeBlock = Callable[[int], nn.Module]
 
@@ -184,7 +185,7 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
         "recipe": asdict(recipe),
         "machine": machine(device),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": COMMIT,
     }
     if run.task == "digits":  # what can be guessed without the key
         row["test_unmarked"] = evaluate(model, DigitScenes("test", len(sets["test"]), is_marked=False), device).tolist()
