@@ -145,7 +145,7 @@ TASKS: dict[str, Task] = {
         BLOCKS,
     ),
     "mobilenet": Task(mobilenet, streets, augmentation((144, 192)), STREETS, BLOCKS | ABLATIONS),
-    "resnet18": Task(resnet18, streets, augmentation((144, 192)), STREETS, BLOCKS),
+    "resnet18": Task(resnet18, streets, augmentation((144, 192)), replace(STREETS, precision="bfloat16"), BLOCKS),
 }
 
 
