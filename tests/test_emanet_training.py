@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,7 +29,7 @@ from examples.emanet.evaluate import evaluate, iou_table, mean_iou, segment
 from examples.emanet.model import EMANet
 from examples.emanet.pictures import plot_overlay, plot_segmentation
 from examples.emanet.published import load_network
-from examples.emanet.train import Recipe, fit, parameter_groups
+from examples.emanet.train import Recipe, first_process_ahead, fit, parameter_groups
 from tests.test_distributed import run_on_ranks
 
 RECIPE = Recipe(steps=6, batch=4, evaluate_every=3)
@@ -203,18 +206,47 @@ def test_the_processes_share_each_batch_and_resuming_goes_on() -> None:
 
 
 def train_on_a_rank(root: Path, folder: Path) -> dict[str, Any]:
-    torch.manual_seed(os.getpid())  # nothing may depend on a process's own generator
-    model = tiny_emanet()
-    history = fit(model, camvid(root, "train"), camvid(root, "val"), augmentation((16, 24)), RECIPE, folder)
-    return {"state": dict(model.state_dict()), "history": history}
+    """A whole run, and one that is interrupted in the first process alone and resumed in both."""
+    states = {}
+    for name, interrupt_at in (("whole", None), ("resumed", 2 * RECIPE.batch)):
+        torch.manual_seed(os.getpid())  # nothing may depend on a process's own generator
+        model = tiny_emanet()
+        train_set = camvid(root, "train")
+        runs = [train_set]
+        if interrupt_at is not None:
+            runs = [InterruptedAt(train_set, interrupt_at) if dist.get_rank() == 0 else train_set, train_set]
+        for samples in runs:
+            dist.barrier()  # the checkpoint is the first process's
+            history = fit(
+                model, samples, camvid(root, "val"), augmentation((16, 24)), RECIPE, folder / name, resume=True
+            )
+        states[name] = {"state": dict(model.state_dict()), "history": history}
+    return states
 
 
-def test_two_processes_hold_the_same_weights_and_bases(streets: Path, tmp_path: Path) -> None:
-    first, second = run_on_ranks(partial(train_on_a_rank, streets, tmp_path / "run"), 2, tmp_path)
+def test_two_processes_hold_the_same_weights_and_bases_also_when_resumed(streets: Path, tmp_path: Path) -> None:
+    first, second = run_on_ranks(partial(train_on_a_rank, streets, tmp_path), 2, tmp_path)
     assert_same(first, second)
+    assert_same(first["resumed"], first["whole"])
     before = tiny_emanet().state_dict()
-    assert not torch.equal(first["state"]["emau.mu"], before["emau.mu"])
-    assert_same(dict(load_checkpoint(tmp_path / "run" / "last.pt")["model"]), first["state"])
+    assert not torch.equal(first["whole"]["state"]["emau.mu"], before["emau.mu"])
+    assert_same(dict(load_checkpoint(tmp_path / "whole" / "last.pt")["model"]), first["whole"]["state"])
+
+
+def look_for_a_download(folder: Path) -> bool:
+    """Whether the file was there when this process came; the first one is slow to make it, and then fails."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    with suppress(ValueError), first_process_ahead():
+        found = (folder / "download").exists()
+        if not found:
+            time.sleep(0.5)
+            (folder / "download").touch()
+            raise ValueError("on purpose")
+    return found
+
+
+def test_only_the_first_process_downloads_and_nobody_waits_for_one_that_failed(tmp_path: Path) -> None:
+    assert run_on_ranks(partial(look_for_a_download, tmp_path), 2, tmp_path) == [False, True]
 
 
 def confusion_iou(predictions: list[Tensor], masks: list[Tensor], classes: int) -> list[float]:

@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,26 +51,24 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 SCALARS_EVERY = 10  # steps: reading a loss waits for the device
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained; the defaults are the published ones, for PASCAL VOC."""
 
-    steps: int = 30_000
-    batch: int = 16
-    """Samples of a step, over all processes."""
-    lr: float = 9e-3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    """Of the weights of convolutions; norms and biases have none."""
-    norm_momentum: float = 3e-4
-    """Of BatchNorm's running statistics."""
-    precision: str = "float32"
-    """One of ``PRECISIONS``; the others are by autocast."""
-    seed: int = 0
-    evaluate_every: int = 1_000
-    """Steps between two evaluations, and between two checkpoints."""
-    workers: int = 0
-    """Processes that load data."""
+    steps: int = _setting(30_000, "of the optimizer")
+    batch: int = _setting(16, "samples of a step, over all processes")
+    lr: float = _setting(9e-3, "learning rate at the start, which falls polynomially; biases have twice it")
+    momentum: float = _setting(0.9, "of SGD")
+    weight_decay: float = _setting(1e-4, "of the weights of convolutions; norms and biases have none")
+    norm_momentum: float = _setting(3e-4, "of BatchNorm's running statistics: the weight of the new ones")
+    precision: str = _setting("float32", "the others are by autocast")
+    seed: int = _setting(0, "of the weights that are not loaded, of order, augmentation and dropout")
+    evaluate_every: int = _setting(1_000, "steps between two evaluations, and between two checkpoints")
+    workers: int = _setting(0, "processes that load data; 0 loads it in the training's own")
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers and precisions that make no sense."""
@@ -301,6 +299,19 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def first_process_ahead() -> Iterator[None]:
+    """Lets the first process of every machine do what is inside before the others: they find what it downloaded."""
+    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if waits:
+        dist.barrier()
+    try:
+        yield
+    finally:  # also after an error: the others have it too, and say so, instead of waiting
+        if dist.is_initialized() and not waits:
+            dist.barrier()
+
+
 def load_backbone(model: nn.Module, path: Path) -> None:
     """Loads a state_dict of torchvision's into the backbone. Raises ValueError if it does not fit."""
     state = {name: value for name, value in load_checkpoint(path).items() if not name.startswith("fc.")}
@@ -311,7 +322,6 @@ def load_backbone(model: nn.Module, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    published = Recipe()
     parser = argparse.ArgumentParser(prog="python -m examples.emanet.train", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the run: checkpoints and TensorBoard's events")
     add_data_arguments(parser)
@@ -328,30 +338,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, default=3, help="T (default: %(default)s)")
     parser.add_argument("--gradient", choices=("none", "last", "all"), default="none", help="(default: %(default)s)")
     parser.add_argument(
-        "--crop", type=int, nargs=2, default=(513, 513), metavar=("HEIGHT", "WIDTH"), help="(default: 513 513)"
+        "--crop",
+        type=int,
+        nargs=2,
+        default=(513, 513),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the samples (default: 513 513)",
     )
-    for name, value in asdict(published).items():
-        if name == "precision":
-            parser.add_argument("--precision", choices=PRECISIONS, default=value, help="(default: %(default)s)")
-        else:
-            flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, type=type(value), default=value, help="(default: %(default)s)")
+    for setting in fields(Recipe):
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=type(setting.default),
+            choices=PRECISIONS if setting.name == "precision" else None,
+            default=setting.default,
+            help=f"{setting.metadata['help']} (default: %(default)s)",
+        )
     args = parser.parse_args(arguments)
     try:
-        recipe = Recipe(**{name: getattr(args, name) for name in asdict(published)})
-        train_set, val_set = (open_data(args, split) for split in ("train", "val"))
+        recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
         network = {
             name: getattr(args, name)
             for name in ("backbone", "output_stride", "channels", "num_bases", "stages", "gradient")
         }
-        network["num_classes"] = len(train_set.names)
-        seed_everything(recipe.seed)
         resumes = args.resume and (args.folder / "last.pt").exists()
         weights = "none" if resumes else args.weights_backbone
-        model = emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
-        if weights not in ("DEFAULT", "none"):
-            load_backbone(model, Path(weights))
         with process_group() as device:
+            with first_process_ahead():
+                train_set, val_set = (open_data(args, split) for split in ("train", "val"))
+                network["num_classes"] = len(train_set.names)
+                seed_everything(recipe.seed)
+                model = emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
+            if weights not in ("DEFAULT", "none"):
+                load_backbone(model, Path(weights))
             history = fit(
                 model, train_set, val_set, augmentation(args.crop), recipe, args.folder, device, args.resume, network
             )
