@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +167,36 @@ def plot_learning(rows: Rows, task: str, ylabel: str) -> Figure:
     return figure
 
 
-def plot_bases(rows: Rows) -> Figure:
+def like_for_like(rows: Rows, blocks: Iterable[str]) -> dict[str, Rows]:
+    """MobileNetV2's runs of the blocks that have any, of the seeds that all of these have."""
+    runs = {block: found for block in blocks if (found := runs_of(rows, "mobilenet", block))}
+    seeds = set.intersection(*({run["seed"] for run in found} for found in runs.values())) if runs else set()
+    return {block: [run for run in found if run["seed"] in seeds] for block, found in runs.items() if seeds}
+
+
+def seeds_of(runs: dict[str, Rows]) -> list[str]:
+    """What an ablation was run on, in words."""
+    seeds = sorted({run["seed"] for found in runs.values() for run in found})
+    return [f"CamVid, MobileNetV2, the same recipe; seeds: {', '.join(map(str, seeds))}."]
+
+
+def scores_of(runs: Rows) -> list[float]:
+    return [percent(run["test"]) for run in runs]
+
+
+def plot_bases(runs: dict[str, Rows]) -> Figure:
     """Scores against the number of bases K, and without the moving average; a line through the means."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    scores = {k: [percent(run["test"]) for run in runs_of(rows, "mobilenet", name)] for k, name in BASES.items()}
-    scores = {k: values for k, values in scores.items() if values}
+    scores = {k: scores_of(runs[block]) for k, block in BASES.items() if block in runs}
     for k, values in scores.items():
         ax.plot([k] * len(values), values, "o", color=UNIT_COLOUR, alpha=0.5)
-    ax.plot(
-        list(scores), [statistics.mean(values) for values in scores.values()], color=UNIT_COLOUR, label="moving average"
-    )
-    fixed = [percent(run["test"]) for run in runs_of(rows, "mobilenet", FIXED_BASES)]
-    if fixed:
-        ax.plot([64] * len(fixed), fixed, "X", color=COLOURS[1], label="fixed bases, K = 64")
-    nothing = [percent(run["test"]) for run in runs_of(rows, "mobilenet", "no block")]
-    if nothing:
-        ax.axhline(statistics.mean(nothing), color="#000000", linestyle="--", linewidth=1, label="no block")
+    means = [statistics.mean(values) for values in scores.values()]
+    ax.plot(list(scores), means, color=UNIT_COLOUR, label="moving average")
+    if fixed := runs.get(FIXED_BASES):
+        ax.plot([64] * len(fixed), scores_of(fixed), "X", color=COLOURS[1], label="fixed bases, K = 64")
+    if nothing := runs.get("no block"):
+        ax.axhline(statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block")
     ax.set(xscale="log", xticks=list(BASES), xticklabels=list(BASES), xlabel="bases K", ylabel="mIoU on test [%]")
     ax.minorticks_off()
     ax.grid(alpha=0.3)
@@ -191,15 +204,13 @@ def plot_bases(rows: Rows) -> Figure:
     return figure
 
 
-def plot_stages(rows: Rows) -> Figure:
+def plot_stages(runs: dict[str, Rows]) -> Figure:
     """MIoU for each number of EM stages in training and in evaluation, the mean over the seeds."""
-    trained = [stages for stages, name in STAGES.items() if runs_of(rows, "mobilenet", name)]
+    trained = [stages for stages, block in STAGES.items() if block in runs]
     grid = torch.tensor(
         [
             [
-                statistics.mean(
-                    percent(run["test_by_stages"][str(t)]) for run in runs_of(rows, "mobilenet", STAGES[stages])
-                )
+                statistics.mean(percent(run["test_by_stages"][str(t)]) for run in runs[STAGES[stages]])
                 for t in EVALUATED_STAGES
             ]
             for stages in trained
@@ -212,9 +223,8 @@ def plot_stages(rows: Rows) -> Figure:
     for row, column in torch.cartesian_prod(*map(torch.arange, grid.shape)).tolist():
         value = grid[row, column]
         ax.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
-    labels = [f"{stages} ({count_seeds(runs_of(rows, 'mobilenet', STAGES[stages]))})" for stages in trained]
     ax.set(xticks=range(len(EVALUATED_STAGES)), xticklabels=EVALUATED_STAGES, xlabel="EM stages in evaluation")
-    ax.set(yticks=range(len(trained)), yticklabels=labels, ylabel="EM stages in training")
+    ax.set(yticks=range(len(trained)), yticklabels=trained, ylabel="EM stages in training")
     figure.colorbar(heat, label="mIoU on test [%]")
     return figure
 
@@ -244,12 +254,15 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         pictures[f"{task}.png"] = plot_learning(rows, task, "mIoU on val [%]")
         if task != "digits":
             lines += ["IoU of every class, mean over the seeds:", "", *class_table(rows, task), ""]
-    if any(row["block"] in BASES.values() and row["block"] != UNIT for row in rows):
-        pictures["bases.png"] = plot_bases(rows)
-        lines += ["## Bases and moving average", "", "![mIoU against K](bases.png)", ""]
-    if any(row["block"] in STAGES.values() and row["block"] != UNIT for row in rows):
-        pictures["stages.png"] = plot_stages(rows)
-        lines += ["## EM stages in training and in evaluation", "", "![mIoU for each pair](stages.png)", ""]
+    bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])
+    if sum(block in bases for block in BASES.values()) > 1:
+        pictures["bases.png"] = plot_bases(bases)
+        lines += ["## Bases and moving average", "", *seeds_of(bases), "", "![mIoU against K](bases.png)", ""]
+    stages = like_for_like(rows, STAGES.values())
+    if len(stages) > 1:
+        pictures["stages.png"] = plot_stages(stages)
+        lines += ["## EM stages in training and in evaluation", "", *seeds_of(stages), ""]
+        lines += ["![mIoU for each pair](stages.png)", ""]
     return "\n".join(lines), pictures
 
 
