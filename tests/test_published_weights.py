@@ -13,7 +13,7 @@ from published import PublishedEMAU
 from torch import Tensor
 
 from examples.emanet.model import emanet
-from examples.emanet.published import NAMES, Loaded, load_network, main, write_checkpoint
+from examples.emanet.published import Loaded, load_network, main, write_checkpoint
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 Shapes = dict[str, tuple[int, ...]]
@@ -249,12 +249,9 @@ def test_the_bases_are_the_files(tmp_path: Path) -> None:
     assert torch.equal(model.emau.mu, weights["emau.mu"])
 
 
-@pytest.mark.parametrize("via", NAMES)
-@pytest.mark.parametrize("format", SHAPES)
+@pytest.mark.parametrize(("format", "via"), [(format, via) for format in SHAPES for via in (format, "ema-attention")])
 def test_round_trips_change_no_bit(format: str, via: str, tmp_path: Path) -> None:
     weights = numbered(SHAPES[format](50))
-    if via == "official":  # it has no such layer
-        weights = {key: value for key, value in weights.items() if "conv_cat" not in key}
     there, back = tmp_path / "there.pth", tmp_path / "back.pth"
     main([str(save(weights, format, tmp_path / "weights.pth")), str(there), "--to", via])
     main([str(there), str(back), "--to", format])
@@ -262,6 +259,20 @@ def test_round_trips_change_no_bit(format: str, via: str, tmp_path: Path) -> Non
     restored = torch.load(back, weights_only=True)[entry]
     assert restored.keys() == weights.keys()
     assert all(torch.equal(restored[key], value) for key, value in weights.items())
+
+
+def test_official_weights_go_to_mmsegmentation_and_no_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = save(numbered(official_shapes(50)), "official", tmp_path / "official.pth")
+    theirs = tmp_path / "theirs.pth"
+    main([str(official), str(theirs), "--to", "mmsegmentation"])
+    expected, state = (load_network(path).model.state_dict() for path in (official, theirs))
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    with pytest.raises(SystemExit):  # the file does not tell the multi-grid: the official code would build another
+        main([str(theirs), str(tmp_path / "back.pth"), "--to", "official"])
+    assert "official means multi_grid = (1, 2, 4); got None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", SHAPES)
@@ -304,6 +315,23 @@ def test_networks_that_a_format_cannot_tell_are_refused(
         loaded = Loaded(emanet(**network), network, (), ())
     with pytest.raises(ValueError, match=f"{format} {message}"):
         write_checkpoint(loaded, tmp_path / "there.pth", format)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem_channels": None}, "stem_channels = 128; got None"),
+        ({"stem_channels": 64}, "stem_channels = 128; got 64"),
+        ({"multi_grid": None}, r"multi_grid = \(1, 2, 4\); got None"),
+    ],
+)
+def test_the_official_format_is_for_the_published_network_alone(change: dict, message: str, tmp_path: Path) -> None:
+    network = {"backbone": "resnet50", "num_classes": 3, "stem_channels": 128, "multi_grid": (1, 2, 4)}
+    with torch.device("meta"):
+        loaded = Loaded(emanet(**(network | change)), network | change, (), ())
+    with pytest.raises(ValueError, match=f"official means {message}"):
+        write_checkpoint(loaded, tmp_path / "there.pth", "official")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_colours_are_kept_in_our_format(tmp_path: Path) -> None:
@@ -376,8 +404,10 @@ def test_files_that_are_no_emanets_are_named(
 
 
 def test_what_has_no_place_in_a_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(numbered(mmsegmentation_shapes(50)), "mmsegmentation", tmp_path / "weights.pth")
-    target = tmp_path / "target.pth"
+    network = {"backbone": "resnet50", "num_classes": 3, "channels": 8, "num_bases": 4, "concat_input": True}
+    network |= {"stem_channels": 128, "multi_grid": (1, 2, 4)}
+    path, target = tmp_path / "ours.pt", tmp_path / "target.pth"
+    write_checkpoint(Loaded(emanet(**network), network, (), ()), path, "ema-attention")
     target.write_bytes(b"precious")
     with pytest.raises(SystemExit) as stop:
         main([str(path), str(target), "--to", "official"])

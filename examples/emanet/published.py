@@ -4,7 +4,8 @@ python -m examples.emanet.published IN OUT --to {official,mmsegmentation,ema-att
 
 Keys are renamed, and no number changes. The weights do not tell the network's multi-grid, nor how it upsamples: an
 official checkpoint is taken to be one of the published network, with output stride 8 and multi-grid 1, 2, 4, and one of
-mmsegmentation to have no multi-grid, as its configurations; who converts one to it has to set it there. The auxiliary
+mmsegmentation to have no multi-grid, as its configurations; who converts an official one to it has to set it there.
+The official code has no other network, so one with another stem or multi-grid is not written for it. The auxiliary
 head, which only training uses, is dropped.
 
 Here bases have exact unit norm; the official code adds 1e-6 to the norm and to the sums of the maps. That is nothing
@@ -14,6 +15,7 @@ but rounding. The bases in the file may be shorter than 1, and EM starts from th
 from __future__ import annotations
 
 import argparse
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -50,8 +52,12 @@ NAMES = {
 """What the keys of :class:`EMANet` start with, and what they start with in each format."""
 WEIGHTS = {"official": "net", "mmsegmentation": "state_dict", "ema-attention": "model"}
 """The entry of a checkpoint that holds the weights."""
-UNSAID = {"output_stride": 8, "stages": 3}
-"""What the published networks are, and our defaults; their weights do not tell."""
+MEANT = {
+    "official": {"output_stride": 8, "stages": 3, "stem_channels": 128, "multi_grid": (1, 2, 4)},
+    "mmsegmentation": {"output_stride": 8, "stages": 3},
+    "ema-attention": {},
+}
+"""What a network of each format is, whatever its weights tell."""
 BACKBONES = {6: "resnet50", 23: "resnet101"}
 """By the number of layer3's blocks."""
 
@@ -88,7 +94,7 @@ def load_network(path: Path | str) -> Loaded:
         weights = rename(weights, {theirs: ours for ours, theirs in NAMES[format].items()})
         network = entries["network"] if "network" in entries else describe(weights)
         if format == "official":
-            network["multi_grid"] = (1, 2, 4)
+            network["multi_grid"] = MEANT[format]["multi_grid"]
         with torch.device("meta"):
             model = emanet(**network)
         model.load_state_dict(weights, assign=True)
@@ -146,19 +152,18 @@ def write_checkpoint(loaded: Loaded, path: Path, format: str) -> None:
 
     Raises:
         ValueError: for weights that have no place in it, as ``conv_cat`` has none in the official one, and for a
-            backbone, output stride or stages that the other formats do not have.
+            network that who reads the format would build otherwise: another backbone, stem or multi-grid, other stages.
     """
     model, network, *_ = loaded
     names = NAMES[format]
     if format != "ema-attention" and network["backbone"] not in BACKBONES.values():
         known = " or ".join(BACKBONES.values())
         raise ValueError(f"cannot write the checkpoint {path}: {format} means {known}; got {network['backbone']}")
-    if format != "ema-attention":
-        for name, value in UNSAID.items():
-            if network.get(name, value) != value:
-                raise ValueError(
-                    f"cannot write the checkpoint {path}: {format} means {name} = {value}; got {network[name]}"
-                )
+    defaults = signature(emanet).parameters
+    for name, value in MEANT[format].items():
+        own = network.get(name, defaults[name].default)
+        if own != value:
+            raise ValueError(f"cannot write the checkpoint {path}: {format} means {name} = {value}; got {own}")
     if network.get("stem_channels") is None and format == "mmsegmentation":  # torchvision's stem has its names there
         names = {ours: theirs for ours, theirs in names.items() if not theirs.startswith("backbone.stem.")}
     try:
