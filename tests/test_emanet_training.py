@@ -100,7 +100,7 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert actual == expected or (actual != actual and expected != expected)  # NaN: a class that is nowhere
 
 
-@pytest.mark.parametrize("interrupted_step", [2, 4])
+@pytest.mark.parametrize("interrupted_step", [2, 3, 4, 6])  # 3 and 6: before an evaluation
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     streets: Path, tmp_path: Path, interrupted_step: int
 ) -> None:
@@ -130,6 +130,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(streets: Path, tmp_
         go_on(network=network, lr=1.0)
     with pytest.raises(ValueError, match=r"with stages = 3; got stages = 5$"):
         go_on(network={"stages": 5})
+    val_set.size = (12, 16)
+    with pytest.raises(ValueError, match=r"with size = \(24, 32\); got size = \(12, 16\)$"):
+        go_on(network=network)
+    val_set.size = None
     with pytest.raises(ValueError, match=r"with transform = .*size=\(16, 24\).*; got transform = .*\(9, 9\)"):
         go_on(augmentation((9, 9)), network)
     save_checkpoint({"model": {}}, tmp_path / "last.pt")
@@ -141,6 +145,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(streets: Path, tmp_path: Path) -
     recipe = Recipe(steps=30, batch=4, lr=1e6)
     with pytest.raises(ValueError, match=r"the loss of step \d0 is nan: try a smaller lr than 1000000.0"):
         fit(tiny_emanet(), camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path)
+
+
+def test_samples_without_a_label_teach_nothing(streets: Path, tmp_path: Path) -> None:
+    train_set = camvid(streets, "train")
+    train_set.ignore = 0  # a class that is nowhere
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "unlabelled.png")
+    train_set.pairs = [(image, tmp_path / "unlabelled.png") for image, _ in train_set.pairs]
+    recipe = Recipe(steps=10, batch=10, weight_decay=0)
+    model = tiny_emanet()
+    before = [parameter.clone() for parameter in model.parameters()]
+    fit(model, train_set, camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path / "run")
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_saved(streets: Path, tmp_path: Path) -> None:
+    recipe = Recipe(steps=4, batch=4, lr=1e30, evaluate_every=2)
+    with pytest.raises(ValueError, match=r"the weights are not finite at step \d: try a smaller lr than 1e\+30"):
+        fit(tiny_emanet(), camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path)
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_training_learns(streets: Path, tmp_path: Path) -> None:
@@ -236,7 +259,8 @@ def test_two_processes_hold_the_same_weights_and_bases_also_when_resumed(streets
 def look_for_a_download(folder: Path) -> bool:
     """Whether the file was there when this process came; the first one is slow to make it, and then fails."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    with suppress(ValueError), first_process_ahead():
+    with suppress(ValueError), first_process_ahead() as is_first:
+        assert is_first == (dist.get_rank() == 0)
         found = (folder / "download").exists()
         if not found:
             time.sleep(0.5)
@@ -295,7 +319,8 @@ def test_scales_and_flips_are_averaged() -> None:
 
 COMMAND = [
     *("--data", "camvid", "--backbone", "resnet18", "--weights-backbone", "none", "--output-stride", "16"),
-    *("--channels", "8", "--num-bases", "4", "--crop", "33", "33", "--batch", "4", "--evaluate-every", "2"),
+    *("--stem-channels", "64", "--multi-grid", "1", "2", "--channels", "8", "--num-bases", "4"),
+    *("--crop", "33", "33", "--batch", "4", "--evaluate-every", "2"),
 ]
 
 
@@ -308,7 +333,10 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, "-m", "examples.emanet.train", *arguments], check=True, env=environment, timeout=120)
     assert load_checkpoint(folder / "last.pt")["step"] == 2
-    assert load_network(folder / "best.pt").names == CAMVID_NAMES
+    model, _, names, _ = load_network(folder / "best.pt")
+    assert names == CAMVID_NAMES
+    assert model.backbone.conv1[6].out_channels == 64
+    assert [block.conv2.dilation for block in model.backbone.layer4] == [(2, 2), (4, 4)]
     evaluate_command.main([str(folder / "best.pt"), "--data", "camvid", "--root", str(streets), "--split", "test"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
     with pytest.raises(SystemExit):
@@ -330,6 +358,11 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
         (["--root", "{streets}", "--size", "0", "9"], "size must be a height and a width of at least 1; got (0, 9)"),
         (["--root", "{streets}", "--crop", "9", "0"], "crop must be a height and a width of at least 1; got (9, 0)"),
         (["--root", "{streets}", "--num-bases", "0"], "num_bases must be at least 1; got 0"),
+        (["--root", "{streets}", "--channels", "-5"], "channels must be at least 1; got 11 and -5"),
+        (
+            ["--root", "{streets}", "--multi-grid", "1"],
+            "a factor of at least 1 for each of layer4's 2 blocks; got (1,)",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

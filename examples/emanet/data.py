@@ -214,7 +214,8 @@ def voc(root: Path, split: str, download: bool = False) -> Segmentation:
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val'; got {split!r}")
     try:
-        own, other = (VOCSegmentation(root, image_set=name, download=download) for name in (split, "val"))
+        own = VOCSegmentation(root, image_set=split, download=download)
+        other = VOCSegmentation(root, image_set="val")
         pairs = dict(zip(own.images, own.masks, strict=True))
         if split == "train":
             known = {Path(path).stem for path in (*own.images, *other.images)}

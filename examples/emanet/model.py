@@ -111,11 +111,13 @@ def emanet(
         concat_input: see :class:`EMANet`.
 
     Raises:
-        ValueError: for a backbone or an output stride that is not one of those, weights with a deep stem, stem
-            channels or a multi-grid that do not fit the backbone.
+        ValueError: for a backbone or an output stride that is not one of those, no classes or channels, weights with
+            a deep stem, stem channels or a multi-grid that do not fit the backbone.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {BACKBONES}; got {backbone!r}")
+    if min(num_classes, channels) < 1:
+        raise ValueError(f"num_classes and channels must be at least 1; got {num_classes} and {channels}")
     if stem_channels is not None and weights_backbone is not None:
         raise ValueError(f"stem_channels must be None with torchvision's weights; got {stem_channels}")
     resnet = get_model(backbone, weights=weights_backbone)

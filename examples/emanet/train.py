@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -150,6 +151,7 @@ def fit(
         "recipe": asdict(recipe),
         "network": network,
         "samples": len(train_set),
+        "size": tuple(val_set[0][0].shape[-2:]),
         "transform": " ".join(str(transform).split()),
         "names": train_set.names,
         "colours": train_set.colours,
@@ -160,27 +162,53 @@ def fit(
         if not resume:
             raise ValueError(f"{folder} holds a run already: resume it, or choose another folder")
         step, history = restore(state, facts, last)
+    if ranks > 1:
+        steps = [step] * ranks
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{last} must be in a folder that all processes share; they are at the steps {steps}")
     parallel = DistributedDataParallel(model) if ranks > 1 else model
 
     def save(path: Path) -> None:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"the weights are not finite at step {step}: try a smaller lr than {recipe.lr}")
         if rank == 0:
             states = {name: part.state_dict() for name, part in state.items()}
             save_checkpoint({"step": step, "history": history, **facts, **states}, path)
+
+    def is_due() -> bool:
+        return step > 0 and (step % recipe.evaluate_every == 0 or step == recipe.steps)
+
+    def validate() -> None:
+        if ranks > 1:
+            share_buffers(model)
+        iou = evaluate(model, val_set, device)
+        history[step] = iou.tolist()
+        if len(history) == 1 or mean_iou(iou) > max(map(mean_iou, list(history.values())[:-1])):
+            save(best)
+        save(last)  # behind the best: a run that dies in between evaluates again
+        if writer:
+            bar.write(f"step {step}: mIoU {100 * mean_iou(iou):.2f}")
+            show_evaluation(writer, model, val_set, iou, step)
 
     batches = Batches(len(train_set), recipe.batch, step, recipe.steps, recipe.seed, rank, ranks)
     loader = DataLoader(Drawn(train_set, transform, recipe.seed), batch_sampler=batches, num_workers=recipe.workers)
     with (
         stop_on_signal() as is_stopped,
-        SummaryWriter(folder, purge_step=step) if rank == 0 else nullcontext() as writer,
+        SummaryWriter(folder, purge_step=step + 1) if rank == 0 else nullcontext() as writer,
         tqdm(loader, "training", recipe.steps, initial=step, unit="step", disable=rank > 0 or None) as bar,
     ):
         model.train()
+        if is_due() and step not in history:
+            validate()
         for image, mask in bar:
             seed_everything(recipe.seed, step, rank)
             image = image.to(device, memory_format=torch.channels_last)
             with torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32"):
                 logits = parallel(image)
-            loss = F.cross_entropy(logits.float(), mask.to(device), ignore_index=IGNORE)
+            mask = mask.to(device)
+            loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum")
+            loss = loss / (mask != IGNORE).sum().clamp_min(1)  # a batch may have no label at all
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -195,21 +223,12 @@ def fit(
                 bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
-            if step % recipe.evaluate_every == 0 or step == recipe.steps:
-                if ranks > 1:
-                    share_buffers(model)
-                iou = evaluate(model, val_set, device)
-                history[step] = iou.tolist()
-                if len(history) == 1 or mean_iou(iou) > max(map(mean_iou, list(history.values())[:-1])):
-                    save(best)
-                save(last)  # behind the best: a run that dies in between evaluates again
-                if writer:
-                    bar.write(f"step {step}: loss {loss.item():.3f}, mIoU {100 * mean_iou(iou):.2f}")
-                    show_evaluation(writer, model, val_set, iou, step)
-            elif stopped:
-                save(last)
+            if stopped or is_due():
+                save(last)  # before the evaluation, which may take longer than is left to a process that has to stop
             if stopped:
                 break
+            if is_due():
+                validate()
     return history
 
 
@@ -233,7 +252,7 @@ def restore(state: dict[str, Any], facts: dict[str, Any], path: Path) -> tuple[i
 
 def _settings(facts: dict[str, Any]) -> dict[str, Any]:
     """What two runs must have in common, by name."""
-    alike = {name: facts[name] for name in ("samples", "transform", "names")}
+    alike = {name: facts[name] for name in ("samples", "size", "transform", "names")}
     return {**facts["recipe"], **(facts["network"] or {}), **alike}
 
 
@@ -292,7 +311,7 @@ def process_group() -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))  # a download may take so long
     try:
         yield device
     finally:
@@ -300,15 +319,15 @@ def process_group() -> Iterator[torch.device]:
 
 
 @contextmanager
-def first_process_ahead() -> Iterator[None]:
-    """Lets the first process of every machine do what is inside before the others: they find what it downloaded."""
-    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
-    if waits:
+def first_process_ahead() -> Iterator[bool]:
+    """Lets the first process of every machine go ahead with what is inside, and yields whether this is one."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not is_first:
         dist.barrier()
     try:
-        yield
+        yield is_first
     finally:  # also after an error: the others have it too, and say so, instead of waiting
-        if dist.is_initialized() and not waits:
+        if dist.is_initialized() and is_first:
             dist.barrier()
 
 
@@ -333,6 +352,14 @@ def main(arguments: list[str] | None = None) -> None:
         help="of the backbone: a file with its state_dict, DEFAULT for torchvision's (a download), or none",
     )
     parser.add_argument("--output-stride", type=int, choices=(8, 16), default=8, help="(default: %(default)s)")
+    parser.add_argument("--stem-channels", type=int, help="of a deep stem; published: 128 (default: no such stem)")
+    parser.add_argument(
+        "--multi-grid",
+        type=int,
+        nargs="+",
+        metavar="FACTOR",
+        help="of the dilations of the last stage's blocks; published: 1 2 4 (default: all 1)",
+    )
     parser.add_argument("--channels", type=int, default=512, help="of the attention unit (default: %(default)s)")
     parser.add_argument("--num-bases", type=int, default=64, help="K (default: %(default)s)")
     parser.add_argument("--stages", type=int, default=3, help="T (default: %(default)s)")
@@ -358,12 +385,14 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
         network = {
             name: getattr(args, name)
-            for name in ("backbone", "output_stride", "channels", "num_bases", "stages", "gradient")
+            for name in ("backbone", "output_stride", "stem_channels", "channels", "num_bases", "stages", "gradient")
         }
+        network["multi_grid"] = tuple(args.multi_grid) if args.multi_grid else None
         resumes = args.resume and (args.folder / "last.pt").exists()
         weights = "none" if resumes else args.weights_backbone
         with process_group() as device:
-            with first_process_ahead():
+            with first_process_ahead() as is_first:
+                args.download &= is_first  # the others find what it has downloaded
                 train_set, val_set = (open_data(args, split) for split in ("train", "val"))
                 network["num_classes"] = len(train_set.names)
                 seed_everything(recipe.seed)
