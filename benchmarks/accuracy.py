@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import environment, interleaved, macs, parameters, summary
 from benchmarks.pictures import COLOURS, MARKERS, UNIT_COLOUR, png
-from benchmarks.report import markdown_table, update_readme, write_atomically
+from benchmarks.report import markdown_table, milliseconds, update_readme, write_atomically
 from benchmarks.sweep import (
     BASES,
     BLOCKS,
@@ -30,12 +30,12 @@ from benchmarks.sweep import (
     RESULTS,
     SEEDS,
     STAGES,
-    STREET_SIZE,
     TASKS,
+    Task,
     read_rows,
 )
-from examples.digit_scenes import SIZE
 from examples.emanet.data import CAMVID_NAMES
+from examples.emanet.train import PRECISIONS
 
 Rows = Sequence[dict[str, Any]]
 FOLDER = RESULTS.parent
@@ -71,43 +71,50 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def measure_networks(device: str, seconds: float = 8) -> dict[str, Any]:
-    """Parameters, MACs and time of the network of every task and block: a forward of one image, and a training step."""
+def measure_networks(device: str, seconds: float = 40) -> dict[str, Any]:
+    """Parameters, MACs and time of the network of every task and block: a forward of one image, and a training step.
+
+    The step is that of the task's recipe, on crops and in the precision that it trains with, without the optimizer.
+    """
     results: dict[str, Any] = {"environment": environment(device), "networks": {}}
     for name, task in tqdm(TASKS.items(), "measuring", unit="task"):
-        size = (SIZE, SIZE) if name == "digits" else STREET_SIZE
-        images = torch.randn(task.recipe.batch, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-        networks = {
-            block: task.network(BLOCKS[block]).to(device, memory_format=torch.channels_last) for block in BLOCKS
-        }
+        networks = {block: task.network(BLOCKS[block]).to(device) for block in BLOCKS}
+        image = torch.randn(1, 3, *task.size, device=device).contiguous(memory_format=torch.channels_last)
         rows = {
-            block: {"parameters": parameters(network), "macs": macs(network.eval(), images[:1])}
+            block: {"parameters": parameters(network), "macs": macs(network.eval(), image)}
             for block, network in networks.items()
         }
-        for kind, make in (("forward", forward_of), ("training step", step_of)):
-            calls = {block: make(network, images) for block, network in networks.items()}
-            for block, samples in interleaved(calls, seconds=seconds, device=device).items():
+        for kind, make, share in (("forward", forward_of, 0.2), ("training step", step_of, 1)):
+            calls = {block: make(network, task) for block, network in networks.items()}
+            for block, samples in interleaved(calls, seconds=share * seconds, device=device).items():
                 rows[block][kind] = summary(samples)
-        results["networks"][name] = {"batch": task.recipe.batch, "size": size, "blocks": rows}
+        results["networks"][name] = {"batch": task.recipe.batch, "size": task.size, "crop": task.crop, "blocks": rows}
     return results
 
 
-def forward_of(network: nn.Module, images: Tensor) -> Callable[[], object]:
-    """A forward of one image in eval mode."""
+def forward_of(network: nn.Module, task: Task) -> Callable[[], object]:
+    """A forward of one image in eval mode, as in an evaluation."""
+    device = next(network.parameters()).device
+    image = torch.randn(1, 3, *task.size, device=device)
 
     @torch.no_grad()
     def forward() -> Tensor:
-        return network.eval()(images[:1])
+        return network.eval()(image)
 
     return forward
 
 
-def step_of(network: nn.Module, images: Tensor) -> Callable[[], object]:
+def step_of(network: nn.Module, task: Task) -> Callable[[], object]:
     """A forward and a backward of a batch in training mode."""
+    device = next(network.parameters()).device
+    batch = torch.randn(task.recipe.batch, 3, *task.crop, device=device).contiguous(memory_format=torch.channels_last)
+    dtype = PRECISIONS[task.recipe.precision]
 
     def step() -> None:
         network.train().zero_grad()
-        network(images).square().mean().backward()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = network(batch)
+        logits.float().square().mean().backward()
 
     return step
 
@@ -125,7 +132,7 @@ def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
         if task == "digits":
             wanted = [spread([100 * run[of][1] for run in runs]) for of in ("test", "test_unmarked")]
             scores = [*wanted, *scores]
-        times = [f"{1e3 * cost[kind]['median']:.3g}" for kind in ("forward", "training step")]
+        times = [milliseconds(cost[kind]) for kind in ("forward", "training step")]
         cost_cells = [f"{cost['parameters'] / 1e6:.3f} M", f"{cost['macs'] / 1e9:.3f}", *times]
         cells.append([block, *scores, str(len(runs)), *cost_cells])
     return markdown_table(head, cells)
@@ -242,14 +249,22 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         "",
         "Rows: `python -m benchmarks.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
         f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
-        f"threads {env['threads']}, PyTorch {env['torch']}; medians, the networks in turns.",
+        f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
+        "image, as in the evaluation. Training step: forward and backward of a batch, as in the recipe.",
         "",
     ]
     for task, title in TITLES.items():
         if not any(row["task"] == task for row in rows):
             continue
         recipe = next(row["recipe"] for row in rows if row["task"] == task)
-        lines += [f"## {title}", "", f"Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'seed')}.", ""]
+        (height, width), (crop_height, crop_width) = TASKS[task].size, TASKS[task].crop
+        recipe = ", ".join(f"{name} {value}" for name, value in recipe.items() if name != "seed")
+        lines += [
+            f"## {title}",
+            "",
+            f"Images {width}×{height}, trained on {crop_width}×{crop_height}. Recipe: {recipe}.",
+            "",
+        ]
         lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
         pictures[f"{task}.png"] = plot_learning(rows, task, "mIoU on val [%]")
         if task != "digits":

@@ -151,7 +151,7 @@ def target_table(rows: list[dict] | dict) -> list[str]:
     cells = []
     for row in rows:
         if "beside" in row:
-            parts = [_milliseconds(row["unit"]), _milliseconds(row["beside"])]
+            parts = [milliseconds(row["unit"]), milliseconds(row["beside"])]
         else:
             parts = ["", f"{row['published']:.2f}" if "published" in row else ""]
         verdict = "met" if row["value"] <= row["target"] else "**missed**"
@@ -180,8 +180,8 @@ def cost_table(table: dict) -> list[str]:
                 name,
                 f"{row['parameters']:,}",
                 f"{row['macs'] / 1e9:.2f}",
-                _milliseconds(forward),
-                _milliseconds(step),
+                milliseconds(forward),
+                milliseconds(step),
                 f"{forward['peak'] / 2**20:.1f}",
                 f"{step['peak'] / 2**20:.1f}",
                 f"{row['held'] / 2**20:.1f}",
@@ -249,7 +249,8 @@ def growth_table(grown: dict) -> list[str]:
     return [text, "", *markdown_table(head, rows)]
 
 
-def _milliseconds(times: dict) -> str:
+def milliseconds(times: dict) -> str:
+    """Median [quartiles] of a :func:`summary`."""
     low, high = times["quartiles"]
     digits = 1 if times["median"] < 0.1 else 0
     return f"{1e3 * times['median']:,.{digits}f} [{1e3 * low:,.{digits}f}–{1e3 * high:,.{digits}f}]"

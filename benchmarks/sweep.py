@@ -36,7 +36,7 @@ from benchmarks.blocks import DualAttention, Hamburger, NonLocal
 from benchmarks.measure import commit, machine
 from benchmarks.report import write_atomically
 from ema_attention import EMAUnit
-from examples.digit_scenes import DigitScenes, ShortSightedNet
+from examples.digit_scenes import SIZE, DigitScenes, ShortSightedNet
 from examples.emanet.checkpoint import load_checkpoint
 from examples.emanet.data import CAMVID_NAMES, augmentation, camvid, normalisation, seed_everything
 from examples.emanet.evaluate import evaluate
@@ -78,6 +78,10 @@ class Task(NamedTuple):
     network: Callable[[MakeBlock], nn.Module]
     data: Callable[[Path | None, str], Dataset]
     """From CamVid's folder, and train, val or test."""
+    size: tuple[int, int]
+    """Height and width of the images that are evaluated."""
+    crop: tuple[int, int]
+    """Height and width of the samples that are trained on."""
     transform: v2.Transform
     recipe: Recipe
     blocks: dict[str, MakeBlock]
@@ -87,7 +91,8 @@ def digit_scenes(root: Path | None, split: str) -> DigitScenes:
     return DigitScenes(split, {"train": 20_000, "val": 200, "test": 1_000}[split])
 
 
-STREET_SIZE = (180, 240)  # height and width, half of CamVid's as it is mostly used: what two CPU cores can train on
+STREET_SIZE, STREET_CROP = (180, 240), (144, 192)
+"""Heights and widths: half of CamVid's as it is mostly used, which two CPU cores can train on."""
 
 
 def streets(root: Path | None, split: str) -> Dataset:
@@ -140,12 +145,24 @@ TASKS: dict[str, Task] = {
     "digits": Task(
         ShortSightedNet,
         digit_scenes,
+        (SIZE, SIZE),
+        (SIZE, SIZE),
         normalisation,
         Recipe(steps=2_000, batch=16, lr=0.4, norm_momentum=0.1, evaluate_every=200),
         BLOCKS,
     ),
-    "mobilenet": Task(mobilenet, streets, augmentation((144, 192)), STREETS, BLOCKS | ABLATIONS),
-    "resnet18": Task(resnet18, streets, augmentation((144, 192)), replace(STREETS, precision="bfloat16"), BLOCKS),
+    "mobilenet": Task(
+        mobilenet, streets, STREET_SIZE, STREET_CROP, augmentation(STREET_CROP), STREETS, BLOCKS | ABLATIONS
+    ),
+    "resnet18": Task(
+        resnet18,
+        streets,
+        STREET_SIZE,
+        STREET_CROP,
+        augmentation(STREET_CROP),
+        replace(STREETS, precision="bfloat16"),
+        BLOCKS,
+    ),
 }
 
 
@@ -177,6 +194,7 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
         return None
     best = load_checkpoint(folder / "best.pt")
     model.load_state_dict(best["model"])
+    seed_everything(run.seed)  # Hamburger draws its bases in evaluation too
     row = {
         **run._asdict(),
         "test": evaluate(model, sets["test"], device).tolist(),
@@ -217,6 +235,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def add_row(row: dict[str, Any], path: Path) -> None:
     """Adds a row to a results file, which is always whole; rows are kept in the order of their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted([*read_rows(path), row], key=lambda row: (row["task"], row["block"], row["seed"]))
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -227,32 +246,46 @@ def missing_runs(path: Path, only: str) -> list[Run]:
 
 
 def run_all(runs: Sequence[Run], args: argparse.Namespace) -> None:
-    """Trains several at a time, and adds the row of each to the results as it comes."""
+    """Trains several at a time, and adds the row of each to the results as it comes.
+
+    Raises:
+        ValueError: at the end, if runs have failed; the others are done.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     folders = {run: args.folder / str(run).replace(" ", "-") for run in runs}
-    todo, running = list(runs), {}
-    with (
-        ProcessPoolExecutor(args.processes, get_context("spawn")) as pool,  # CUDA cannot be forked
-        tqdm(total=len(runs), unit="run") as bar,
-    ):
+    todo, running, failures, is_stopped = list(runs), {}, [], False
+    # A process that waits for a run must not die of Ctrl-C: the pool would end those that write their checkpoint.
+    # CUDA cannot be forked.
+    pool = ProcessPoolExecutor(
+        args.processes, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    with pool, tqdm(total=len(runs), unit="run") as bar:
         try:
             while todo or running:
                 while todo and len(running) < args.processes:  # no more: those behind would start after Ctrl-C
                     run = todo.pop(0)
                     running[pool.submit(train_run, run, args.root, folders[run], device, threads)] = run
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    run, row = running.pop(future), future.result()
-                    if row is None:
+                    run = running.pop(future)
+                    if error := future.exception():
+                        failures.append(f"{run}: {error}")
+                        bar.write(failures[-1])
+                    elif row := future.result():
+                        add_row(row, args.results)
+                        shutil.rmtree(folders[run])
+                        bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
+                    else:
+                        is_stopped = True
                         todo.clear()
-                        continue
-                    add_row(row, args.results)
-                    shutil.rmtree(folders[run])
                     bar.update()
-                    bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
-        except KeyboardInterrupt:  # the processes have it too: each ends its step and writes its checkpoint
+        except KeyboardInterrupt:  # the processes that train have it too: each ends its step and writes its checkpoint
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            print(f"stopped; the same command goes on with the runs in {args.folder}")
+            is_stopped = True
+    if is_stopped:
+        print(f"stopped; the same command goes on with the runs in {args.folder}")
+    if failures:
+        raise ValueError("\n".join(failures))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -260,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, help="the folder of CamVid, for the streets")
     parser.add_argument("--only", default="", metavar="PREFIX", help="the runs whose names begin so")
     parser.add_argument("--list", action="store_true", help="what there is to do")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="of one sweep at a time (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("out/sweep"), help="of checkpoints (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
     args = parser.parse_args(arguments)

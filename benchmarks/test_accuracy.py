@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import accuracy, sweep
 from benchmarks.sweep import (
@@ -25,7 +27,10 @@ from benchmarks.sweep import (
     read_rows,
 )
 from examples.digit_scenes import DigitScenes
+from examples.emanet import train
+from examples.emanet.checkpoint import load_checkpoint
 from examples.emanet.data import normalisation
+from examples.emanet.evaluate import evaluate, mean_iou
 from examples.emanet.train import Recipe
 
 
@@ -41,7 +46,11 @@ def row(task: str, block: str, seed: int, score: float) -> dict[str, Any]:
 
 ROWS = [row(task, block, seed, 0.5 + seed / 10) for task in TASKS for block in BLOCKS for seed in (0, 1, 2)]
 ROWS += [row("mobilenet", block, 0, 0.4) for block in ABLATIONS]
-COST = {"parameters": 1_500_000, "macs": 2_000_000_000, "forward": {"median": 0.01}, "training step": {"median": 0.1}}
+TIMES = {
+    "forward": {"median": 0.01, "quartiles": [0.009, 0.012]},
+    "training step": {"median": 0.2, "quartiles": [0.1, 0.3]},
+}
+COST = {"parameters": 1_500_000, "macs": 2_000_000_000, **TIMES}
 COSTS = {
     "environment": {"machine": "a machine", "device": "cpu", "threads": 2, "torch": "2.15"},
     "networks": {task: {"blocks": dict.fromkeys(BLOCKS, COST)} for task in TASKS},
@@ -50,8 +59,11 @@ COSTS = {
 
 def test_a_row_is_the_mean_and_the_deviation_over_seeds_beside_the_cost() -> None:
     text, pictures = accuracy.report(ROWS, COSTS)
-    assert text.count("| Non-local | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10 | 100 |") == 2
-    assert "| Non-local | 60.0 ± 10.0 | 30.0 ± 5.0 | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10 | 100 |" in text
+    assert text.count("| Non-local | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10.0 [9.0–12.0] | 200 [100–300] |") == 2
+    assert (
+        "| Non-local | 60.0 ± 10.0 | 30.0 ± 5.0 | 60.0 ± 10.0 | 3 | 1.500 M | 2.000 | 10.0 [9.0–12.0] | 200 [100–300] |"
+        in text
+    )
     assert pictures.keys() == {"digits.png", "mobilenet.png", "resnet18.png", "bases.png", "stages.png"}
     heat = pictures["stages.png"].axes[0].images[0].get_array()
     assert heat.shape == (len(STAGES), len(EVALUATED_STAGES))
@@ -110,26 +122,69 @@ def test_rows_are_added_in_order_and_what_is_missing_is_the_rest(tmp_path: Path)
         read_rows(path)
 
 
-def test_a_run_trains_and_looks_at_the_test_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at = []
-
-    def data(root: Path | None, split: str) -> DigitScenes:
-        looked_at.append(split)
-        return DigitScenes(split, 4)
-
+def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def network(make_block: Any) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make_block(8), nn.Conv2d(8, 2, 1))
 
-    tiny = Task(network, data, normalisation, Recipe(steps=4, batch=2, evaluate_every=2), BLOCKS)
+    def data(root: Path | None, split: str) -> DigitScenes:
+        return DigitScenes(split, 4)
+
+    def look(model: nn.Module, dataset: DigitScenes, *others: Any) -> Tensor:
+        looked_at.append((dataset.split, dataset.is_marked))
+        return evaluate(model, dataset, *others)
+
+    looked_at: list[tuple[str, bool]] = []
+    monkeypatch.setattr(sweep, "evaluate", look)
+    monkeypatch.setattr(train, "evaluate", look)
+    recipe = Recipe(steps=8, batch=2, lr=0.3, evaluate_every=2)
+    tiny = Task(network, data, (64, 64), (64, 64), normalisation, recipe, BLOCKS)
     monkeypatch.setitem(sweep.TASKS, "digits", tiny)
-    threads = torch.get_num_threads()
-    made = sweep.train_run(Run("digits", "EMAUnit, all", 7), None, tmp_path / "run", "cpu", threads)
+    folder = tmp_path / "run"
+    made = sweep.train_run(Run("digits", "EMAUnit, all", 7), None, folder, "cpu", torch.get_num_threads())
+    assert looked_at == [("val", True)] * 4 + [("test", True), ("test", False)]
     assert (made["task"], made["block"], made["seed"], made["recipe"]["seed"]) == ("digits", "EMAUnit, all", 7, 7)
-    assert made["best_step"] in made["val"]
-    assert made["val"].keys() == {2, 4}
-    assert len(made["test"]) == len(made["test_unmarked"]) == 2
-    assert looked_at == ["train", "val", "test"]
-    assert json.loads(json.dumps(made))["block"] == "EMAUnit, all"
+    assert json.loads(json.dumps(made))["val"].keys() == {"2", "4", "6", "8"}
+    scores = {step: mean_iou(iou) for step, iou in made["val"].items()}
+    assert made["best_step"] == max(scores, key=scores.get)
+    model = network(BLOCKS["EMAUnit, all"])
+    model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
+    assert made["test"] == evaluate(model, data(None, "test")).tolist()
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool that sees what a test has put in the place of functions, as processes of their own do not."""
+
+    def __init__(self, processes: int, *context: Any, **others: Any) -> None:
+        super().__init__(processes)
+
+
+def test_a_run_that_fails_or_is_interrupted_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(run: Run, root: Path | None, folder: Path, *others: Any) -> dict[str, Any] | None:
+        folder.mkdir(parents=True)
+        if run.seed == 1:
+            raise ValueError("the loss is nan")
+        return None if run.seed == interrupted else row(*run, 0.5)
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(sweep, "train_run", fake)
+    results, folder = tmp_path / "new" / "runs.jsonl", tmp_path / "folder"
+    command = ["--only", "digits/no block", "--processes", "1", "--results", str(results), "--folder", str(folder)]
+    interrupted = None
+    with pytest.raises(SystemExit) as error:
+        sweep.main(command)
+    assert error.value.code == 2
+    assert capsys.readouterr().err.endswith("digits/no block/1: the loss is nan\n")
+    assert [r["seed"] for r in read_rows(results)] == [0, 2]
+    assert [path.name for path in (folder / "digits" / "no-block").iterdir()] == ["1"]
+    results.unlink()
+    shutil.rmtree(folder)
+    interrupted = 0
+    sweep.main(command)
+    assert "stopped; the same command goes on" in capsys.readouterr().out
+    assert not results.exists()
+    assert (folder / "digits" / "no-block" / "0").is_dir()
 
 
 @pytest.mark.parametrize("task", ["digits", "resnet18"])
