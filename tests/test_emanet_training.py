@@ -244,6 +244,9 @@ def train_on_a_rank(root: Path, folder: Path) -> dict[str, Any]:
                 model, samples, camvid(root, "val"), augmentation((16, 24)), RECIPE, folder / name, resume=True
             )
         states[name] = {"state": dict(model.state_dict()), "history": history}
+    elsewhere = folder / ("whole" if dist.get_rank() == 0 else "another machine's")
+    with pytest.raises(ValueError, match=r"a folder that all processes share; they are at the steps \[6, 0\]$"):
+        fit(model, train_set, camvid(root, "val"), augmentation((16, 24)), RECIPE, elsewhere, resume=True)
     return states
 
 
