@@ -132,8 +132,8 @@ def fit(
         network: what the checkpoints tell :func:`load_network` of how to build the model.
 
     Raises:
-        ValueError: if the folder holds a run and ``resume`` is not given, or a run of another network, recipe or data
-            set; if the loss is not finite.
+        ValueError: if the folder holds a run and ``resume`` is not given, or a run of another network, recipe, data
+            set or image size; if processes resume from different steps; if the loss or a weight is not finite.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(device)
