@@ -149,26 +149,38 @@ def class_table(rows: Rows, task: str) -> list[str]:
     return markdown_table(["block", *CAMVID_NAMES], cells)
 
 
-def plot_learning(rows: Rows, task: str, ylabel: str) -> Figure:
-    """MIoU on the validation set over the steps: a line through the seeds' mean, a band from the least to the most."""
+def plot_learning(rows: Rows, task: str) -> Figure:
+    """MIoU on the validation set over the steps: the seeds' mean, with a bar from the least to the most."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
+    recipe = TASKS[task].recipe
     for i, block in enumerate(BLOCKS):
         runs = runs_of(rows, task, block)
         if not runs:
             continue
         curves = {int(step): [percent(run["val"][step]) for run in runs] for step in runs[0]["val"]}
-        steps, values = list(curves), list(curves.values())
-        means = [statistics.mean(seeds) for seeds in values]
-        colour = UNIT_COLOUR if block.startswith("EMAUnit") else COLOURS[i]
-        dash = {"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-")
-        width = 2.4 if block.startswith("EMAUnit") else 1.4
-        label = f"{block} ({count_seeds(runs)})" if len(runs) != len(SEEDS) else block
-        ax.plot(steps, means, dash, color=colour, marker=MARKERS[i], markersize=5, linewidth=width, label=label)
-        ax.fill_between(
-            steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0
+        aside = recipe.evaluate_every * 0.05 * (i - len(BLOCKS) // 2)  # so that no bar hides another
+        means = [statistics.mean(values) for values in curves.values()]
+        below, above = (
+            [abs(pick(values) - mean) for values, mean in zip(curves.values(), means, strict=True)]
+            for pick in (min, max)
         )
-    ax.set(xlabel="training steps", ylabel=ylabel)
+        is_unit = block.startswith("EMAUnit")
+        ax.errorbar(
+            [step + aside for step in curves],
+            means,
+            [below, above],
+            color=UNIT_COLOUR if is_unit else COLOURS[i],
+            linestyle={"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-"),
+            linewidth=2.4 if is_unit else 1.4,
+            marker=MARKERS[i],
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+            label=f"{block} ({count_seeds(runs)})" if len(runs) != len(SEEDS) else block,
+        )
+    ax.set(xlabel="training steps", ylabel="mIoU on val [%], mean and range of the seeds")
+    ax.set(xticks=range(0, recipe.steps + 1, recipe.evaluate_every))
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -266,7 +278,7 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             "",
         ]
         lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
-        pictures[f"{task}.png"] = plot_learning(rows, task, "mIoU on val [%]")
+        pictures[f"{task}.png"] = plot_learning(rows, task)
         if task != "digits":
             lines += ["IoU of every class, mean over the seeds:", "", *class_table(rows, task), ""]
     bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])
