@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, default=FOLDER, help="the folder of rows and report (default: %(default)s)"
     )
-    parser.add_argument("--measure", action="store_true", help="measure the networks' costs first: two minutes")
+    parser.add_argument("--measure", action="store_true", help="measure the networks' costs first: three minutes")
     parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
     args = parser.parse_args(arguments)
     costs = args.results / "costs.json"
