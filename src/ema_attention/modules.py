@@ -10,19 +10,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
 
-from ema_attention import fast
-from ema_attention.functional import (
+from ema_attention._checks import (
     GradientMode,
-    autocasts,
-    check_mask,
+    check_positive_integers,
     check_settings,
-    expectation_maximization,
-    is_channels_last,
-    reconstruct,
-    unit_norm,
+    check_unit_input,
+    check_unit_settings,
 )
+from ema_attention._forms import folds_projection
+from ema_attention._layout import flatten
+from ema_attention._residual import residual
+from ema_attention._steps import Problem, pose, unit_norm
+from ema_attention._torch import assign_to_buffer, insert_row_dimension, is_recomputing, is_tracing
+from ema_attention.functional import expectation_maximization
 
 __all__ = ["EMAUnit"]
 
@@ -108,17 +109,8 @@ class EMAUnit(nn.Module):
         super().__init__()
         check_settings(stages, scale, gradient)
         inner_channels = channels if inner_channels is None else inner_channels
-        for name, value in (("channels", channels), ("num_bases", num_bases), ("inner_channels", inner_channels)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1; got {decay}")
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(f"channel_dim must be an int; got {type(channel_dim).__name__}")
-        if channel_dim == 0:
-            raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
+        check_positive_integers(channels=channels, num_bases=num_bases, inner_channels=inner_channels)
+        check_unit_settings(decay, channel_dim)
         self.channels = channels
         self.num_bases = num_bases
         self.stages = stages
@@ -137,7 +129,7 @@ class EMAUnit(nn.Module):
         )
         if device is not None or dtype is not None:
             self.conv2[1].to(device=device, dtype=dtype)
-        self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # see collect_attention_maps
+        self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # filled by _hand_out
         self._mu_before: Tensor | None = None  # what the last forward in training mode started from
         self.conv1.requires_grad_(gradient != "none")
         self.reset_parameters()
@@ -164,76 +156,43 @@ class EMAUnit(nn.Module):
 
         BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-        dim = self.channel_dim
-        if x.dim() < 3 or not -x.dim() <= dim < x.dim() or dim % x.dim() == 0 or x.shape[dim] != self.channels:
-            raise ValueError(
-                f"x must have 3 dimensions or more and {self.channels} channels in dimension {dim}; "
-                f"got {tuple(x.shape)}"
-            )
-        dtype = [*self.conv1.parameters(), self.mu][0].dtype
-        if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
-            raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
-        channels_first = x.movedim(dim, 1)
-        check_mask(mask, channels_first)
-        spatial = channels_first.shape[2:]
-        features = channels_first.flatten(2)  # (B, C, N)
-        start = self.mu.clone()  # the buffer moves below, in place
-        recomputes = False
-        if self.training and not fast.is_tracing():
-            if self._mu_before is not None and ModuleTracker().is_bw:  # checkpointing, in a backward
-                recomputes, start = True, self._mu_before
-            self._mu_before = start.detach()
-        mu, z = self._attend(features, start, None if mask is None else mask.flatten(1))
-        y = self._project(features, mu, z)
-        if self.training and not recomputes:
+        check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
+        positions, layout = flatten(x, self.channel_dim)  # (B, C, N)
+        problem, start = self._pose(positions, self._starting_bases(), mask)
+        mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
+        y = residual(positions, mu, z, self.conv2, self.final_relu)
+        if self.training:
             self._move_bases(mu.detach(), z.detach())
-        for maps, name in self.map_collectors:
-            maps[name] = z.detach().mT.unflatten(2, spatial)
-        if not fast.is_tracing() and y.requires_grad and len(y) == 1:
-            y.register_hook(_with_batch_stride)
-        restored: Tensor = y.unflatten(2, spatial)
-        return restored.movedim(1, dim)
+        self._hand_out(layout.restore_maps(z.detach().mT))
+        return layout.restore(y)
 
-    def _attend(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """EM on conv1(x), from bases mu: the bases (B, C', K) and maps (B, N, K)."""
-        x, weight, bias = self.projected(x)
-        return expectation_maximization(x, mu, self.stages, self.scale, self.gradient, mask, weight, bias)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return [*self.conv1.parameters(), self.mu][0].dtype
 
-    def projected(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """conv1(x) of x (B, C, N) as EM takes it: x, weight and bias; or where conv1 has to be run, what comes out."""
-        conv = self.conv1
-        if type(conv).forward is nn.Conv2d.forward and not fast.is_patched(conv):
-            return x, conv.weight.flatten(1), conv.bias
-        # what it does is known to itself alone
-        return conv(x.unsqueeze(2)).squeeze(2), None, None
+    def _starting_bases(self) -> Tensor:
+        """The bases that EM starts from: the unit's, or where a forward is run again those that it started from."""
+        if not self.training or is_tracing():
+            return self.mu.clone() if self.training else self.mu  # which moves below
+        if self._mu_before is None or not is_recomputing():
+            self._mu_before = self.mu.clone()
+        return self._mu_before
 
-    def _project(self, x: Tensor, mu: Tensor, z: Tensor) -> Tensor:
-        """The rest of the unit, relu(x + conv2(relu(mu zᵀ))), (B, C, N)."""
-        # Any layout is (B, C, 1, N) to conv2. Not (B, C, N, 1): of channels-last memory [..., None] makes a
-        # stride for which BatchNorm2d's gradient is wrong on a CPU (seen with PyTorch 2.15).
-        if fast.stands_in_for(self.conv2, x):
-            conv: Any = self.conv2[0]
-            norm = self.conv2[1]
-            if fast.is_foldable(norm) and not fast.differentiates(x, mu, z, *self.conv2.parameters()):
-                return fast.inference_tail(x, mu, z, conv, norm, self.final_relu)
-            y: Tensor = norm(fast.reconstruct_conv(mu, z, conv.weight.flatten(1), like=x).unsqueeze(2))
-            if fast.is_plain(norm, nn.BatchNorm2d):
-                y += x.unsqueeze(2)  # in place: nobody, its backward included, looks at its output
-            else:
-                y = y + x.unsqueeze(2)
-        else:
-            y = x.unsqueeze(2) + self.conv2(F.relu(reconstruct(mu, z, like=x)).unsqueeze(2))
-        y = y.relu_() if self.final_relu else y
-        return y.squeeze(2)
+    def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
+        """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
+        mask = None if mask is None else mask.flatten(1)
+        if folds_projection(self.conv1):
+            return pose(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
+        return pose(self.conv1(insert_row_dimension(x)).squeeze(2), mu, self.scale, mask, None, None)
 
     @torch.no_grad()
     def _move_bases(self, mu: Tensor, z: Tensor) -> None:
-        """One step of the moving average towards the bases mu (B, C', K) that a batch came to."""
-        finite = z.sum().isfinite()  # x that is not finite anywhere shows in the maps
-        total = torch.where(finite, mu.sum(0), 0.0)
-        count = torch.where(finite, float(len(mu)), 0.0).to(mu.dtype)
+        """One step of the moving average towards the bases mu (B, C', K) that EM found; none where it runs again."""
+        if is_recomputing():
+            return
+        is_finite = z.sum().isfinite()  # x that is not finite anywhere shows in the maps
+        total = torch.where(is_finite, mu.sum(0), 0.0)
+        count = torch.where(is_finite, float(len(mu)), 0.0).to(mu.dtype)
         if dist.is_available() and dist.is_initialized():
             pooled = torch.cat([total.flatten(), count[None]])
             dist.all_reduce(pooled)
@@ -241,12 +200,12 @@ class EMAUnit(nn.Module):
         average = total / count.clamp_min(1)
         old = self.mu.to(mu.dtype)
         moved = unit_norm(self.decay * old + (1 - self.decay) * average, fallback=old)
-        moved = torch.where(count > 0, moved, old).to(self.mu.dtype)
-        if torch.compiler.is_compiling():
-            # Not in place: a compiled backward may read the bases again (pytorch/pytorch#197039).
-            self.mu = moved
-        else:
-            self.mu.copy_(moved)
+        assign_to_buffer(self, "mu", torch.where(count > 0, moved, old).to(self.mu.dtype))
+
+    def _hand_out(self, z: Tensor) -> None:
+        """Gives the maps to whoever collects them; see :func:`collect_attention_maps`."""
+        for maps, name in self.map_collectors:
+            maps[name] = z
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what belongs to a pass that is under way stays behind."""
@@ -258,11 +217,3 @@ class EMAUnit(nn.Module):
             f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
             f"channel_dim={self.channel_dim}"
         )
-
-
-def _with_batch_stride(grad: Tensor) -> Tensor:
-    """A gradient (1, C, N) with the stride its batch dimension has in its layout.
-
-    Views of a batch of one may have any, and BatchNorm2d's gradient is wrong on a CPU for some (PyTorch 2.15).
-    """
-    return grad[0].mT[None].mT if is_channels_last(grad) else grad[0][None]

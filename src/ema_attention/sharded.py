@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema_attention.functional import EMAttention, GradientMode, attend, check_arguments
+from ema_attention._checks import GradientMode, check_arguments
+from ema_attention._layout import flatten
+from ema_attention._steps import pose
+from ema_attention.functional import EMAttention, expectation_maximization, reconstruction
 
 __all__ = ["sharded_em_attention"]
 
@@ -67,7 +70,10 @@ def sharded_em_attention(
         total: Tensor = _AllReduce.apply(sums, group)
         return total
 
-    return attend(x, mu, stages, scale, gradient, mask, weight, bias, gather)
+    features, layout = flatten(x)
+    problem, start = pose(features, mu, scale, None if mask is None else mask.flatten(1), weight, bias)
+    bases, z = expectation_maximization(problem, start, stages, gradient, gather)
+    return reconstruction(features, layout, bases.to(mu.dtype), z)
 
 
 class _AllReduce(torch.autograd.Function):

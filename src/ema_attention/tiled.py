@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ema_attention.functional import (
-    EMAttention,
-    check_arguments,
-    expectation,
-    maximization,
-    prepare,
-    restore,
-    statistics,
-    without_autocast,
-)
+from ema_attention._checks import check_arguments
+from ema_attention._layout import flatten
+from ema_attention._steps import Problem, expectation, maximization, pose, statistics
+from ema_attention._torch import without_autocast
+from ema_attention.functional import EMAttention, reconstruction
 
 __all__ = ["TiledEMAttention"]
 
@@ -78,7 +73,8 @@ class TiledEMAttention:
             ValueError: for a tile that is not finite, besides what :func:`em_attention` raises.
         """
         with without_autocast(x.device):
-            sums = statistics(*self._expectation(x, self._mu, mask)).cpu().double()
+            problem, mu = self._pose(x, self._mu, mask)
+            sums = statistics(problem, expectation(problem, mu)).cpu().double()
         if not sums.isfinite().all():
             raise ValueError("x must be finite where it takes part; got a tile that is not")
         self._sums = sums if self._sums is None else self._sums + sums
@@ -93,9 +89,9 @@ class TiledEMAttention:
         if self._sums is None:
             raise ValueError("step needs the tiles of a stage; got none since the last step")
         weight, bias = (None if p is None else p.cpu() for p in (self._weight, self._bias))
-        _, _, projection = prepare(self._sums, self._mu, None, weight, bias)
+        problem, _ = pose(self._sums, self._mu, self._scale, None, weight, bias)
         with without_autocast(self._mu.device):
-            self._mu_before, self._mu = self._mu, maximization(self._sums, self._mu, projection)
+            self._mu_before, self._mu = self._mu, maximization(problem, self._sums, self._mu)
         self._sums = None
 
     @torch.no_grad()
@@ -108,8 +104,10 @@ class TiledEMAttention:
         if self._mu_before is None:
             raise ValueError("attend needs a stage to have ended; got no step yet")
         with without_autocast(x.device):
-            _, z = self._expectation(x, self._mu_before, mask)
-        return restore(x.flatten(2), x.shape[2:], self.mu, self._mu.to(z), z)
+            problem, mu = self._pose(x, self._mu_before, mask)
+            z = expectation(problem, mu)
+        features, layout = flatten(x)
+        return reconstruction(features, layout, self._mu.to(z), z)._replace(mu=self.mu)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """The state between two calls, for ``torch.save``."""
@@ -131,15 +129,14 @@ class TiledEMAttention:
         assert mu is not None  # for the type checker
         self._mu, self._mu_before, self._sums = mu, state_dict["mu_before"], state_dict["sums"]
 
-    def _expectation(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tile as (B, C, N), float32 or wider, and its maps (B, N, K) for the bases mu."""
+    def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
+        """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""
         mu = mu.to(x.device, torch.promote_types(self._dtype, torch.float32))
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
         check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
         seen = self._mu if self._sums is None else self._sums  # whose batch size is that of the tiles so far
         if len(x) != len(seen) and (self._sums is not None or self._mu_before is not None):
             raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
-        positions = None if mask is None else mask.flatten(1)  # (B, N)
-        features, mu, projection = prepare(x.flatten(2), mu, positions, weight, bias)
-        features = features.to(mu.dtype)
-        return features, expectation(features, mu, self._scale, positions, projection)
+        features, _ = flatten(x)
+        problem, mu = pose(features, mu, self._scale, None if mask is None else mask.flatten(1), weight, bias)
+        return problem._replace(x=problem.x.to(mu.dtype)), mu

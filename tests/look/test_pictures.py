@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ema_attention.pictures import as_photo, plot_attention_maps, plot_em_stages
+from ema_attention.look.pictures import as_photo, plot_attention_maps, plot_em_stages
 
 
 def maps(num_bases: int, height: int = 6, width: int = 9) -> torch.Tensor:

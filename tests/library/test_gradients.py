@@ -10,27 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ema_attention import em_attention
+from tests.plain import em_attention as plain
 from tests.problems import Problem, problems
-
-
-def plain(x, mu, stages, gradient="all", scale=1.0, mask=None, weight=None, bias=None):
-    """em_attention with the projection formed and nothing but autograd, for x (B, C, *spatial)."""
-    spatial = x.shape[2:]
-    y = x.flatten(2) if weight is None else weight @ x.flatten(2)
-    y = y if bias is None else y + bias[:, None]
-    mask = y.new_ones(len(y), 1, y.shape[2]) if mask is None else mask.flatten(1)[:, None].to(y.dtype)
-    mu = mu.expand(len(y), -1, -1)
-    for stage in range(stages):
-        constant = gradient == "none" or (gradient == "last" and stage < stages - 1)
-        source = y.detach() if constant else y
-        z = (scale * mu.mT @ source).softmax(1) * mask
-        if stage == stages - 1 and gradient == "last":
-            mu = mu.detach()
-            z = (scale * mu.mT @ source).softmax(1) * mask
-        mu = F.normalize(source @ z.mT, dim=1, eps=1e-300)
-        if constant:
-            mu, z = mu.detach(), z.detach()
-    return (mu @ z).unflatten(2, spatial), mu, z.unflatten(2, spatial)
 
 
 def gradients(function, problem: Problem, **options: object) -> list[Tensor]:

@@ -1,12 +1,7 @@
 """Several ranks: gloo processes on one machine, the truth being one process that sees everything."""
 
 import contextlib
-import io
-import multiprocessing
-import re
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_attention import EMAUnit, em_attention
 from ema_attention.sharded import sharded_em_attention
-from examples import sharded_attention
-
-CONTEXT = multiprocessing.get_context("forkserver")  # one process imports torch, and every rank is a fork of it
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "ema_attention"])
-
-
-def run_on_ranks(function: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
-    """What ``function`` returns on each of ``ranks`` gloo processes."""
-    processes = [CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-    failures = [result["failure"] for result in results if "failure" in result]
-    if failures:
-        raise AssertionError("\n".join(failures))
-    return [result["value"] for result in results]
-
-
-def _rank(function: Callable[[], Any], rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    store = dist.FileStore(str(folder / "store"), ranks)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= ranks else "gloo"
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
-        result = {"value": function()}
-    except Exception:
-        result = {"failure": f"rank {rank}: {traceback.format_exc()}"}
-    torch.save(result, folder / f"{rank}.pt")
-    if "value" in result:  # one that failed leaves: the others must not wait for it
-        with contextlib.suppress(RuntimeError):
-            dist.barrier()
-    dist.destroy_process_group()
+from tests.ranks import run_on_ranks
 
 
 def fail_on_one_rank() -> int:
@@ -152,23 +113,6 @@ def test_a_stage_communicates_k_times_c_plus_1_numbers_a_sample(tmp_path: Path) 
     numbers = stages * samples * bases * (channels + 1)
     for counts in run_on_ranks(count_communication, 2, tmp_path):
         assert counts == [numbers] * 4
-
-
-def run_the_example() -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        sharded_attention.run(channels=8, height=9, width=16, bases=4, stages=3)
-    return text.getvalue()
-
-
-def test_the_example_prints_the_communication_beside_that_of_ring_attention(tmp_path: Path) -> None:
-    text, nothing = run_on_ranks(run_the_example, 2, tmp_path)
-    assert nothing == ""
-    differences = [float(number) for number in re.findall(r"\d\.\de[-+]\d+", text)]
-    assert len(differences) == 2
-    assert max(differences) < 1e-5
-    assert f"3 forward, 3 backward, of {4 * (8 + 1) * 4} bytes" in text
-    keys_and_values, sums = 2 * 9 * 16 * 8 * 4 / 2, 3 * 4 * (8 + 1) * 4
-    assert f"{keys_and_values / sums:9.0f}x" in text
 
 
 def test_sharded_attention_needs_a_process_group() -> None:

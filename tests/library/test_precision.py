@@ -5,37 +5,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema_attention import EMAUnit, em_attention
+from tests.plain import PublishedEMAU
+from tests.plain import em_attention as plain_em_attention
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 LOW = (torch.float16, torch.bfloat16)
-
-
-class PlainUnit(nn.Module):
-    """The unit as the paper writes it, in whatever precision it is run: the error that is to be expected."""
-
-    def __init__(self, unit: EMAUnit) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = unit.conv1, unit.conv2
-        self.mu, self.stages = unit.mu, unit.stages
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x).flatten(2)
-        mu = self.mu.expand(len(x), -1, -1)
-        for _ in range(self.stages):
-            z = torch.softmax(y.mT @ mu, -1)
-            mu = F.normalize(y @ (z / (1e-6 + z.sum(1, keepdim=True))), dim=1)
-        y = F.relu(mu @ z.mT).unflatten(2, x.shape[2:])
-        return F.relu(self.conv2(y) + x)
-
-
-def plain_attention(x: Tensor, mu: Tensor, stages: int) -> tuple[Tensor, Tensor, Tensor]:
-    for _ in range(stages):
-        z = torch.softmax(x.mT @ mu, -1)
-        mu = F.normalize(x @ (z / (1e-6 + z.sum(1, keepdim=True))), dim=1)
-    return mu @ z.mT, mu, z.mT
 
 
 def clusters(batch: int, channels: int, bases: int, positions: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,7 +38,7 @@ def typical(actual: Tensor, expected: Tensor) -> float:
 def test_function_is_within_twice_the_plain_error(dtype: torch.dtype, scale: float, device: str) -> None:
     x, mu = (t.to(device, dtype) for t in clusters(2, 32, 8, 1000, scale))
     expected = em_attention(x.double(), mu.double(), 3)  # from the same rounded input: what is left is arithmetic
-    plain = plain_attention(x, mu, 3)
+    plain = plain_em_attention(x, mu, 3)
     for actual, wanted, allowed in zip(em_attention(x, mu, 3), expected, plain, strict=True):
         assert actual.dtype == dtype
         assert typical(actual, wanted) <= 2 * typical(allowed, wanted)
@@ -86,7 +63,8 @@ def test_unit_is_within_twice_the_plain_error(training: bool, dtype: torch.dtype
     unit = unit if autocast else unit.to(dtype)
     truth = EMAUnit(32, num_bases=8).to(device).double()
     truth.load_state_dict(unit.state_dict())
-    plain = PlainUnit(unit).train(training)
+    plain = PublishedEMAU(32, num_bases=8).to(device, unit.mu.dtype).train(training)
+    plain.load_state_dict(unit.state_dict())
     unit.train(training)
     truth.train(training)
     x = x.unflatten(2, (30, 30))
@@ -140,7 +118,7 @@ def test_unit_is_finite_for_large_values_and_many_positions(dtype: torch.dtype, 
 
 def test_float64_is_computed_in_float64() -> None:
     x, mu = clusters(2, 16, 4, 200, 3.0)
-    expected = plain_attention(x, mu, 3)
+    expected = plain_em_attention(x, mu, 3)
     for actual, wanted in zip(em_attention(x, mu, 3), expected, strict=True):
         assert worst(actual, wanted) < 1e-9  # the plain form's 1e-6 in a column sum of some 50
     unit = EMAUnit(16, num_bases=4).double()

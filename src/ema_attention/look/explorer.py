@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ema_attention.pictures import as_photo, check_from_0_to_1, colour_of_basis
-from ema_attention.stages import EMStages, model_stages
+from ema_attention.look.pictures import as_photo, check_from_0_to_1, colour_of_basis
+from ema_attention.look.stages import EMStages, model_stages
 
 __all__ = ["explore_attention", "explore_stages"]
 
@@ -131,7 +131,7 @@ def explore_stages(
     most = max(view["bases"] for view in views)
     colours = ["#" + bytes(round(255 * part) for part in colour_of_basis(k)).hex() for k in range(most)]
     data = {"views": views, "pictures": list(pictures.values()), "names": list(names), "colours": colours}
-    template = resources.files("ema_attention").joinpath("explorer.html").read_text(encoding="utf-8")
+    template = resources.files("ema_attention.look").joinpath("explorer.html").read_text(encoding="utf-8")
     # No tag can begin inside the data: a name may hold anything.
     return template.replace(
         "{{data}}", json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

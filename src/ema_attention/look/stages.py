@@ -8,14 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_attention.functional import (
-    check_arguments,
-    expectation,
-    maximization,
-    prepare,
-    statistics,
-    without_autocast,
-)
+from ema_attention._checks import check_arguments
+from ema_attention._layout import Layout, flatten
+from ema_attention._steps import Problem, logits, pose, run
+from ema_attention._torch import without_autocast
 from ema_attention.modules import EMAUnit
 
 __all__ = ["EMStages", "em_stages", "model_stages"]
@@ -63,25 +59,22 @@ def em_stages(
         (torch.Size([3, 2, 4, 8, 8]), torch.Size([4, 2]))
     """
     check_arguments(x, mu, stages, scale, "none", mask, weight, bias)
-    spatial = x.shape[2:]
-    positions = None if mask is None else mask.flatten(1)
-    x, mu, projection = prepare(x.flatten(2), mu, positions, weight, bias)
-    maps = []
-    with without_autocast(x.device):
-        x = x.to(mu.dtype)
-        y = x if projection is None else projection[:, :-1] @ x + projection[:, -1:]
+    features, layout = flatten(x)
+    problem, start = pose(features, mu, scale, None if mask is None else mask.flatten(1), weight, bias)
+    return _watch(problem, start, stages, layout)
 
-        def objective() -> Tensor:
-            explained = (scale * y.mT @ mu).logsumexp(-1)
-            return (explained if positions is None else explained.masked_fill(~positions, 0.0)).sum(-1)
 
-        climb = [objective()]
-        for _ in range(stages):
-            z = expectation(x, mu, scale, positions, projection)
-            mu = maximization(statistics(x, z), mu, projection)
-            maps.append(z.mT.unflatten(2, spatial))
-            climb.append(objective())
-    return EMStages(torch.stack(maps), torch.stack(climb))
+def _watch(problem: Problem, mu: Tensor, stages: int, layout: Layout) -> EMStages:
+    problem = problem._replace(x=problem.x.to(mu.dtype))
+
+    def objective(mu: Tensor) -> Tensor:
+        explained = logits(problem, mu).logsumexp(-1, keepdim=True)
+        return (explained if problem.absent is None else explained.masked_fill(problem.absent, 0.0)).sum((1, 2))
+
+    with without_autocast(problem.x.device):
+        seen = list(run(problem, mu, stages))
+        objectives = [objective(mu), *(objective(stage.mu) for stage in seen)]
+    return EMStages(torch.stack([layout.restore_maps(stage.z.mT) for stage in seen]), torch.stack(objectives))
 
 
 @torch.no_grad()
@@ -107,7 +100,7 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
     """
     stages: dict[str, EMStages] = {}
 
-    def keep(name: str, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+    def keep(name: str, unit: EMAUnit, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
         stages[name] = _unit_stages(unit, *args, **kwargs)
 
     handles = [
@@ -130,8 +123,6 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
     return stages
 
 
-def _unit_stages(unit: Any, x: Tensor, mask: Tensor | None = None) -> EMStages:
-    x = x.movedim(unit.channel_dim, 1)
-    features, weight, bias = unit.projected(x.flatten(2))
-    features = features.unflatten(2, x.shape[2:])
-    return em_stages(features, unit.mu, unit.stages, scale=unit.scale, mask=mask, weight=weight, bias=bias)
+def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
+    features, layout = flatten(x, unit.channel_dim)
+    return _watch(*unit._pose(features, unit.mu, mask), unit.stages, layout)

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_attention import EMAUnit, em_attention, fast
-from tests.test_ema_unit import formula, trained_like
+from ema_attention import EMAUnit, _residual, em_attention, functional, plain_form
+from tests.units import formula, trained_like
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the fast functions that ran."""
     names: list[str] = []
 
-    def spy(name: str) -> Callable[..., object]:
-        function = getattr(fast, name)
+    def spy(module: ModuleType, name: str) -> Callable[..., object]:
+        function = getattr(module, name)
 
         def wrapper(*args: object, **kwargs: object) -> object:
             names.append(name)
@@ -28,8 +30,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapper
 
-    for name in ("run_stages", "reconstruct_conv", "inference_tail"):
-        monkeypatch.setattr(fast, name, spy(name))
+    for module, name in (
+        (functional, "run_with_one_product"),
+        (_residual, "reconstruct_conv"),
+        (_residual, "inference_tail"),
+    ):
+        monkeypatch.setattr(module, name, spy(module, name))
     return names
 
 
@@ -37,7 +43,7 @@ def test_used_where_they_may_be(calls: list[str]) -> None:
     x = torch.randn(2, 8, 6, 6)
     unit = EMAUnit(8, 4, gradient="all")
     unit(x)
-    assert calls == ["run_stages", "reconstruct_conv"]
+    assert calls == ["run_with_one_product", "reconstruct_conv"]
     calls.clear()
     with torch.no_grad():
         unit.eval()(x)
@@ -147,18 +153,18 @@ def test_a_traced_unit_takes_the_plain_path(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["all", "last"])
-def test_run_stages_equals_the_loop(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_equals_autograd_through_the_loop(gradient: str) -> None:
     x = torch.randn(2, 8, 30, dtype=torch.float64, requires_grad=True)
     mu = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=0).requires_grad_(gradient == "all")
     weight = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     inputs = [t for t in (x, mu, weight, bias) if t.requires_grad]
     results = []
-    for _ in range(2):
-        out, bases, z = em_attention(x, mu, 3, gradient=gradient, weight=weight, bias=bias)
+    for form in (nullcontext, plain_form):
+        with form():
+            out, bases, z = em_attention(x, mu, 3, gradient=gradient, weight=weight, bias=bias)
         loss = out.square().sum() + bases.pow(3).sum() + z.exp().sum()
         results.append((out, bases, z, *torch.autograd.grad(loss, inputs)))
-        monkeypatch.setattr(fast, "differentiates", lambda *tensors: False)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -171,7 +177,7 @@ def test_reconstruct_conv_gradients(channels_last: bool) -> None:
     like = torch.empty(2, 7, 4, dtype=torch.float64).mT if channels_last else torch.empty(2, 4, 7, dtype=torch.float64)
 
     def function(mu: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        return fast.reconstruct_conv(mu, z, weight, like)
+        return _residual.reconstruct_conv(mu, z, weight, like)
 
     torch.testing.assert_close(function(mu, z, weight), weight @ F.relu(mu @ z.mT))
     assert function(mu, z, weight).stride() == like.stride()

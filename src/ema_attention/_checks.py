@@ -1,0 +1,118 @@
+"""Every error for arguments that make no sense: one sentence, with what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ema_attention._torch import autocasts
+
+GradientMode = Literal["all", "last", "none"]
+GRADIENT_MODES = get_args(GradientMode)
+
+
+def check_arguments(
+    x: Tensor,
+    mu: Tensor,
+    stages: int,
+    scale: float,
+    gradient: str,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    check_settings(stages, scale, gradient)
+    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
+    if x.dim() < 3 or x.shape[1] < 1:
+        raise ValueError(f"x must be (B, C, *spatial) with C at least 1; got {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if bias is not None and weight is None:
+        raise ValueError("bias needs a weight to go with; got weight=None")
+    if weight is not None:
+        if weight.dim() != 2 or weight.shape[1] != channels:
+            raise ValueError(f"weight must be (C', C) with C = {channels} as in x; got {tuple(weight.shape)}")
+        channels = weight.shape[0]
+        if bias is not None and bias.shape != (channels,):
+            raise ValueError(f"bias must be (C',) = ({channels},) as in weight; got {tuple(bias.shape)}")
+    if (
+        mu.dim() not in (2, 3)
+        or mu.shape[-2] != channels
+        or mu.shape[-1] < 1
+        or mu.shape[:-2] not in ((), (1,), (batch,))
+    ):
+        raise ValueError(
+            f"mu must be (C', K), (1, C', K) or (B, C', K) with C' = {channels}, B = {batch} and K at least 1; "
+            f"got {tuple(mu.shape)}"
+        )
+    for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a real floating point dtype; got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+    check_mask(mask, x)
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raises if ``mask`` is not a bool tensor over the positions of x (B, C, *spatial)."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a position takes part; got {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on the device of x, {x.device}; got {mask.device}")
+    if mask.shape != x.shape[:1] + x.shape[2:]:
+        raise ValueError(f"mask must be (B, *spatial) = {tuple(x.shape[:1] + x.shape[2:])}; got {tuple(mask.shape)}")
+
+
+def check_settings(stages: int, scale: float, gradient: str) -> None:
+    """Raises for the settings that :func:`em_attention` and ``EMAUnit`` share."""
+    check_positive_integers(stages=stages)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float; got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite; got {scale}")
+    if gradient not in GRADIENT_MODES:
+        raise ValueError(f"gradient must be one of {GRADIENT_MODES}; got {gradient!r}")
+
+
+def check_positive_integers(**values: object) -> None:
+    for name, value in values.items():
+        check_integer(name, value)
+        if value < 1:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+
+
+def check_unit_settings(decay: float, channel_dim: int) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be from 0 to 1; got {decay}")
+    check_integer("channel_dim", channel_dim)
+    if channel_dim == 0:
+        raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
+
+
+def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:
+    """Raises for an input that an ``EMAUnit`` of so many channels, there, with parameters of ``dtype`` cannot take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    dims = x.dim()
+    if dims < 3 or not -dims <= channel_dim < dims or channel_dim % dims == 0 or x.shape[channel_dim] != channels:
+        raise ValueError(
+            f"x must have 3 dimensions or more and {channels} channels in dimension {channel_dim}; got {tuple(x.shape)}"
+        )
+    if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
+        raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
+    check_mask(mask, x.movedim(channel_dim, 1))

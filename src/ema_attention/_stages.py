@@ -1,0 +1,111 @@
+"""All stages of EM with one product for the gradient of x.
+
+Autograd would write an N×C gradient of x for each of the 2T products with x, and add them up; here one product writes
+their sum. What is computed, and what the derivative of each step is, stands in ``_steps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_attention._blocks import by_blocks
+from ema_attention._layout import is_channels_last
+from ema_attention._steps import (
+    Problem,
+    expectation_backward,
+    maximization,
+    project,
+    reconstruct,
+    run,
+    statistics,
+)
+from ema_attention._torch import vjp
+
+
+def run_with_one_product(problem: Problem, mu: Tensor, stages: int) -> tuple[Tensor, Tensor]:
+    """The bases (B, C', K) and maps (B, N, K) of the last stage of ``_steps.run``."""
+    x, absent, projection, scale = problem
+    *_, mu, z, _ = _Stages.apply(x, mu, projection, absent, scale, stages)
+    return mu, z
+
+
+class _Stages(torch.autograd.Function):
+    """EM whose backward keeps x, the bases and the maps, and gathers the gradient of x in one product.
+
+    The bases, maps and sums of every stage are outputs, not hidden state: so backward is an ordinary
+    differentiable function of saved inputs and outputs, and second derivatives come out right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, mu: Tensor, projection: Tensor | None, absent: Tensor | None, scale: float, stages: int
+    ) -> tuple[Tensor, ...]:
+        return tuple(tensor for stage in run(Problem(x, absent, projection, scale), mu, stages) for tensor in stage)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mu, projection, _, ctx.scale, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mu, projection, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mu, projection, *history = ctx.saved_tensors
+        problem = Problem(x.to(mu.dtype), None, projection, ctx.scale)
+        grad_mu, grad_projection = torch.zeros_like(mu), None
+        of_x: list[tuple[Tensor, Tensor]] = []  # the gradient of x is the sum of their products, left · rightᵀ
+        for t in reversed(range(0, len(history), 3)):
+            _, z, sums = history[t : t + 3]
+            before = history[t - 3] if t else mu
+            # M-step: mu = maximization(sums, before), sums = statistics(z)
+            grad_projection, (grad_sums, grad_before) = _pull(
+                maximization, problem, (sums, before), _add(grad_mu, grads[t]), grad_projection
+            )
+            grad_sums = _add(grad_sums, grads[t + 2])
+            grad_z = _add(torch.baddbmm(grad_sums[:, -1:], problem.x.mT, grad_sums[:, :-1]), grads[t + 1])
+            of_x.append((grad_sums[:, :-1], z))
+            # E-step: z = softmax(logits), logits = [x; 1]ᵀ bases, bases = project(before)
+            grad_logits = expectation_backward(z, grad_z)
+            bases = project(problem, before)
+            grad_bases = statistics(problem, grad_logits)[:, : bases.shape[1]]
+            grad_projection, (grad_mu,) = _pull(project, problem, (before,), grad_bases, grad_projection)
+            grad_mu = grad_mu + grad_before
+            of_x.append((bases[:, : x.shape[1]], grad_logits))
+        left, right = (torch.cat(factors, -1) for factors in zip(*of_x, strict=True))
+        grad_x = _product(left, right, like=problem.x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_mu, grad_projection, None, None, None
+
+
+def _pull(
+    step: Any, problem: Problem, arguments: Sequence[Tensor], grad: Tensor, grad_projection: Tensor | None
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The gradients of a step's projection, added to what there is of it, and of its arguments."""
+    if problem.projection is None:
+        return None, vjp(partial(step, problem), *arguments)[1](grad)
+
+    def of_projection(projection: Tensor, *arguments: Tensor) -> Tensor:
+        return step(problem._replace(projection=projection), *arguments)  # type: ignore[no-any-return]
+
+    more, *grads = vjp(of_projection, problem.projection, *arguments)[1](grad)
+    return _add(more, grad_projection), tuple(grads)
+
+
+def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Computes left · rightᵀ (B, C, N) of left (B, C, M) and right (B, N, M), laid out as ``like``.
+
+    In blocks because a GEMM is slow, by a third, to write rows of an odd length such as 65².
+    """
+    if is_channels_last(like) or torch.is_grad_enabled():  # where a gradient is wanted of this gradient
+        return reconstruct(left, right, like)
+    return by_blocks(left.matmul, right.mT, result=lambda: left.new_empty(like.shape))
+
+
+def _add(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b

@@ -1,0 +1,1 @@
+"""Looking at EM attention: maps, stages, pictures and the explorer."""
