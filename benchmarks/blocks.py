@@ -1,4 +1,4 @@
-"""The blocks that EMAUnit stands beside, each written from its paper, and ``BLOCKS``, the one list of them.
+"""The blocks that EMAUnit is compared with, each written from its paper, and ``BLOCKS``, the one list of them.
 
 x is (B, C, H, W) and N = H·W throughout. To add a block: a class here, its slow form in ``slow.py``, and
 a row in ``BLOCKS``. Every benchmark, test, table and plot is made from the rows.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,49 +17,19 @@ from torch import Tensor, nn
 
 from benchmarks import slow
 from ema_attention import EMAUnit
+from tests.plain import PublishedEMAU
+
+MakeBlock = Callable[[int], nn.Module]
+"""Makes a block for a number of channels C."""
 
 NUM_BASES = 64  # K of EMAU and R of Hamburger, as in both papers
 STAGES = 3
 
 
-class PublishedEMAU(nn.Module):
-    """EMAU as published (Li et al., ICCV 2019): the plain form, nothing folded, nothing recomputed.
-
-    Its state is :class:`EMAUnit`'s, by name and shape. ``gradient`` is the published ``"none"``, or what autograd
-    does with the same loop left open for its last stage or for all of them.
-    """
-
-    def __init__(self, channels: int, gradient: Literal["none", "last", "all"] = "none") -> None:
-        super().__init__()
-        self.gradient = gradient
-        mu = torch.randn(1, channels, NUM_BASES) * math.sqrt(2 / NUM_BASES)
-        self.register_buffer("mu", mu / (1e-6 + mu.norm(dim=1, keepdim=True)))
-        self.conv1 = nn.Conv2d(channels, channels, 1)
-        self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        for conv in (self.conv1, self.conv2[0]):
-            nn.init.normal_(conv.weight, 0, math.sqrt(2 / channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x).flatten(2)  # (B, C, N)
-        mu = self.mu.expand(len(x), -1, -1)
-        open_stages = {"none": 0, "last": 1, "all": STAGES}[self.gradient]
-        for stage in range(STAGES):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage >= STAGES - open_stages):
-                z = (y.mT @ mu).softmax(-1)  # (B, N, K)
-                mu = y @ (z / (1e-6 + z.sum(1, keepdim=True)))
-                mu = mu / (1e-6 + mu.norm(dim=1, keepdim=True))
-        if self.training:
-            with torch.no_grad():
-                self.mu = 0.9 * self.mu + 0.1 * mu.mean(0, keepdim=True)  # its norm is left as it comes
-        y = F.relu(mu @ z.mT, inplace=True).view_as(x)  # the projection's name again, so that its memory is free
-        y = self.conv2(y)
-        return F.relu(y + x, inplace=True)
-
-
 class NonLocal(nn.Module):
     """Non-local block, embedded Gaussian (Wang et al., CVPR 2018); ``subsample`` is its 2×2 max-pool of the keys.
 
-    ``fused`` computes the same through scaled_dot_product_attention, whose inputs are made contiguous:
+    ``fused`` computes the same through scaled_dot_product_attention. Its inputs are made contiguous, because
     others take its slow path.
     """
 
@@ -128,8 +98,8 @@ class DualAttention(nn.Module):
 class Hamburger(nn.Module):
     """Hamburger with NMF as its ham (Geng et al., ICLR 2021): 6 multiplicative updates in training, 7 in eval.
 
-    The bases are drawn anew in every forward, the coefficients start at a softmax over them, and the
-    gradient is the paper's one-step gradient: the last update alone is differentiated.
+    Every forward draws new bases, and the coefficients start at a softmax over them. The gradient is the paper's
+    one-step gradient: only the last update is differentiated.
     """
 
     def __init__(self, channels: int) -> None:
@@ -200,16 +170,15 @@ class CrissCross(nn.Module):
 class Block(NamedTuple):
     """What the benchmarks know of a block."""
 
-    make: Callable[[int], nn.Module]
-    """The block for C channels."""
+    make: MakeBlock
     slow: Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]
-    """Its independent form: (parameters and buffers by name, x, training) to the output."""
+    """Its independent form: maps (parameters and buffers by name, x, training) to the output."""
     parameters: Callable[[int], int]
     """Their number, for C."""
     macs: Callable[[int, int, int], int]
     """Multiply-accumulates of an eval forward of one sample, for C, H and W."""
     forward_of: str | None = None
-    """The block whose forward this one shares: they differ in what they differentiate."""
+    """The block that has the same forward. Only the gradients of the two differ."""
 
 
 def _emau(channels: int) -> int:
@@ -258,7 +227,9 @@ def _criss_cross_macs(c: int, h: int, w: int) -> int:
 
 
 BLOCKS: dict[str, Block] = {
-    "EMAU as published": Block(PublishedEMAU, slow.emau, _emau, _emau_macs),
+    "EMAU as published": Block(
+        partial(PublishedEMAU, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _emau_macs
+    ),
     "EMAUnit": Block(partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _folded_macs),
     'EMAUnit, gradient="all"': Block(
         partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES, gradient="all"),
@@ -292,3 +263,14 @@ BLOCKS: dict[str, Block] = {
     ),
     "Criss-cross": Block(CrissCross, slow.criss_cross, _position, _criss_cross_macs),
 }
+
+TRAINED: dict[str, MakeBlock] = {
+    "no block": lambda channels: nn.Identity(),
+    "Non-local": BLOCKS["Non-local"].make,
+    "DANet (PAM + CAM)": BLOCKS["PAM + CAM"].make,
+    "Hamburger": BLOCKS["Hamburger (NMF)"].make,
+    "EMAUnit, none": BLOCKS["EMAUnit"].make,
+    "EMAUnit, last": partial(BLOCKS["EMAUnit"].make, gradient="last"),
+    "EMAUnit, all": BLOCKS['EMAUnit, gradient="all"'].make,
+}
+"""The blocks of the list that ``accuracy`` trains, by their names in its rows; after EMAUnit its gradient."""

@@ -1,13 +1,10 @@
-"""How every number is taken: correctness first, then MACs, memory and time. README.md says it in words."""
+"""How every number is taken: correctness first, then MACs, memory and time. README.md explains it."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +18,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import ema_attention
 from benchmarks.blocks import Block
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would tear up the progress bars
-torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as everything else is, or not to be compared
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would break the progress bars
 
 Mode = Literal["forward", "training step"]
 MODES: tuple[Mode, ...] = ("forward", "training step")
-"""An eval forward without gradients; a forward and backward in training mode, to x and the parameters."""
+"""A forward in eval mode without gradients; a forward and backward in training mode, to x and the parameters."""
 
 
 @cache
 def failure(block: Block, device: str = "cpu") -> str | None:
-    """Why ``block`` must not be measured: where it differs from its slow form or its formulas; None if nowhere.
+    """Why ``block`` must not be measured: its first difference from its slow form or its formulas, or None.
 
     Outputs in eval and training mode and the gradient of x, for random parameters and running statistics,
     float32 against float64, to 1e-4 of the largest value.
@@ -111,18 +106,18 @@ def prepare(
 
 
 class Memory(NamedTuple):
-    """Bytes allocated during a call, beyond what was there before it."""
+    """Bytes allocated during a call, not counting what was there before it."""
 
     peak: int
     held: int
-    """What was still there at its end, with its result alive, less the result itself."""
+    """What was still allocated at its end, without its result."""
 
 
 def memory(call: Callable[[], Tensor], device: str = "cpu") -> Memory:
     """The allocations of one call: PyTorch's CUDA allocator's own count, or the profiler's events on a CPU.
 
-    Both see every tensor and what operators allocate through PyTorch, also inside an operator. On a CPU nothing
-    depends on timing, so the numbers are the same in every run.
+    Both see every tensor, and what an operator allocates through PyTorch while it runs. On a CPU nothing depends on
+    timing, so the numbers are the same in every run.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -139,7 +134,7 @@ def memory(call: Callable[[], Tensor], device: str = "cpu") -> Memory:
             profiler.export_chrome_trace(str(trace))
             events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
         peak = after = 0
-        alive = set()  # what the call allocated itself; the freeing of older tensors is not its merit
+        alive = set()  # what the call allocated itself: memory of older tensors that it frees does not count
         for event in sorted(events, key=lambda event: event["ts"]):
             address, size = event["args"]["Addr"], event["args"]["Bytes"]
             if size > 0 or address in alive:
@@ -152,14 +147,14 @@ def memory(call: Callable[[], Tensor], device: str = "cpu") -> Memory:
 def held_for_backward(
     module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> int:
-    """Bytes that a training forward keeps for its backward, beyond its input and output."""
+    """Bytes that a training forward keeps for its backward, without its input and output."""
     x = torch.randn(tuple(shape), dtype=dtype, device=device, requires_grad=True)
     module = module.to(device, dtype).train()
     return memory(lambda: module(x), device).held
 
 
 def synchronize(device: str) -> None:
-    """Waits for what was launched on a GPU; nothing on a CPU."""
+    """Waits for what was launched on a GPU; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -172,10 +167,10 @@ def interleaved(
     warm: bool = False,
     device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns so that a disturbance meets all: rounds until ``seconds`` have gone.
+    """Seconds of each call, measured in turns, so that a disturbance reaches all of them.
 
-    Unless they are ``warm``, each call runs before, unmeasured: once on a CPU, three times on a GPU. Every
-    round starts with another call; there are ``least`` rounds whatever they take.
+    Unless they are ``warm``, each call first runs unmeasured: once on a CPU, three times on a GPU. Then rounds follow
+    until ``seconds`` have passed, and ``least`` rounds in any case. Each round starts with another call.
     """
     for _ in range(0 if warm else 3 if torch.device(device).type == "cuda" else 1):
         for call in calls.values():
@@ -203,7 +198,7 @@ def summary(samples: Sequence[float]) -> dict[str, float | int]:
 def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
     """The value at ``n`` of a·n² + b·n through the last two of ``points`` (n, value); of b·n through a single one.
 
-    Time and memory of every block here are such sums, or lie below one (criss-cross: n√n).
+    Time and memory of every block here are such sums, or less (criss-cross: n√n).
     """
     (n2, v2) = points[-1]
     if len(points) == 1:
@@ -218,41 +213,3 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
     """The p of the least-squares fit value ∝ nᵖ through ``points`` (n, value)."""
     logs = [(torch.tensor(n).double().log().item(), torch.tensor(v).double().log().item()) for n, v in points]
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
-
-
-def environment(device: str = "cpu") -> dict[str, object]:
-    """What a reader has to know to repeat or to doubt a measurement."""
-    return {
-        "machine": machine(device),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ema_attention": ema_attention.__version__,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def machine(device: str = "cpu") -> str:
-    """The GPU's name, or the CPU's and its number of cores."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit that the code is at, and whether it is changed since; "unknown" outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + (" and uncommitted changes" if changed.stdout.strip() else "")

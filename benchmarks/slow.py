@@ -1,7 +1,7 @@
-"""The blocks once more, slowly: loops over positions and bases, float64, from the papers, nothing shared.
+"""A second, slow form of every block, from the papers: loops over positions and bases, in float64.
 
-Each function takes the block's parameters and buffers by name, x (B, C, H, W) and whether the block
-trains; all of it float64. The gradient of x comes from autograd through these loops.
+It shares no code with ``blocks.py``. Each function takes the block's parameters and buffers by name, x (B, C, H, W)
+and whether the block trains. The gradient of x comes from autograd through these loops.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every block against its slow form and its formulas, and the facts that the comparison rests on."""
+"""Every block compared with its slow form and its formulas, and the facts that the comparison depends on."""
 
 from functools import partial
 
@@ -7,9 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import slow
-from benchmarks.blocks import BLOCKS, Block, NonLocal, PositionAttention, PublishedEMAU
+from benchmarks.blocks import BLOCKS, Block, NonLocal, PositionAttention
 from benchmarks.measure import failure
 from ema_attention import EMAUnit
+from tests.plain import PublishedEMAU
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -1,12 +1,12 @@
-"""What the measurements say of cases whose answer is known."""
+"""The measurements on cases whose answer is known."""
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import measure
-from benchmarks.blocks import PublishedEMAU
 from benchmarks.measure import Memory
+from tests.plain import PublishedEMAU
 
 MEGABYTE = 2**20
 

@@ -1,4 +1,4 @@
-"""EMAUnit beside the published unit: the ratios that EMAUnit has to reach, each with what it is here.
+"""EMAUnit compared with the published unit: the ratios that it has to reach, and those that it reaches here.
 
 The weights of one are loaded into the other, and the calls of a ratio are measured in turns in this process.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import slow
-from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES, NonLocal, PublishedEMAU
+from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES, NonLocal
+from benchmarks.costs.sizes import Sizes
 from benchmarks.measure import (
     Mode,
     failure,
@@ -24,15 +24,14 @@ from benchmarks.measure import (
     prepare,
     summary,
 )
-from benchmarks.sizes import Sizes
-from ema_attention import EMAUnit
+from ema_attention import EMAUnit, GradientMode
+from tests.plain import PublishedEMAU
 
-Gradient = Literal["none", "last", "all"]
-GRADIENTS: tuple[Gradient, ...] = ("none", "last", "all")
+GRADIENTS: tuple[GradientMode, ...] = ("none", "last", "all")
 
 
 class BareProducts(nn.Module):
-    """The matrix multiplies that an eval forward cannot do without, and nothing else: 3 E, 3 M, μzᵀ and one C×C."""
+    """Only the matrix multiplies that an eval forward cannot avoid: 3 E, 3 M, μzᵀ and one C×C."""
 
     def __init__(self, batch: int, channels: int, positions: int) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class BareProducts(nn.Module):
 
 
 def wrong_units(device: str = "cpu") -> str | None:
-    """The first thing that is wrong with either unit in any gradient mode, or with Non-local; None if nothing is."""
+    """The first error of either unit in any gradient mode, or of Non-local; None if there is none."""
     blocks = {"Non-local": BLOCKS["Non-local"]}
     for name, make in (("EMAU as published", PublishedEMAU), ("EMAUnit", EMAUnit)):
         for gradient in GRADIENTS:
@@ -60,9 +59,9 @@ def wrong_units(device: str = "cpu") -> str | None:
     return next((f"{name}: {reason}" for name, reason in reasons.items() if reason), None)
 
 
-def units(channels: int, gradient: Gradient) -> tuple[PublishedEMAU, EMAUnit]:
+def units(channels: int, gradient: GradientMode) -> tuple[PublishedEMAU, EMAUnit]:
     """Both units, with the same weights."""
-    published = PublishedEMAU(channels, gradient)
+    published = PublishedEMAU(channels, NUM_BASES, STAGES, gradient=gradient)
     unit = EMAUnit(channels, NUM_BASES, STAGES, gradient=gradient)
     unit.load_state_dict(published.state_dict())
     return published, unit
@@ -71,8 +70,8 @@ def units(channels: int, gradient: Gradient) -> tuple[PublishedEMAU, EMAUnit]:
 def measure_targets(sizes: Sizes, device: str, say: Callable[[str], None]) -> list[dict]:
     """Rows of ``{"quantity", "value", "target", "unit", "beside"}``; ``say`` is told what is measured next.
 
-    ``value`` is the ratio to be held against ``target`` (at most), or the quantity itself; ``unit`` and
-    ``beside`` are what it is made of, where it is a ratio of times.
+    ``value`` is a ratio, or the quantity itself, and must be at most ``target``. Where it is a ratio of times,
+    ``unit`` and ``beside`` are these times.
     """
     _, c, side, _ = sizes.table
     rows: list[dict] = []

@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        from benchmarks.bench_blocks import cases
+        from benchmarks.costs.bench_blocks import cases
 
         chosen = cases(metafunc.config.getoption("--quick"))
         metafunc.parametrize("case", chosen, ids=str, scope="session")

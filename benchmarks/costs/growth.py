@@ -13,7 +13,7 @@ from benchmarks.blocks import Block
 from benchmarks.measure import Mode, exponent, extrapolate, interleaved, memory, prepare, summary, synchronize
 
 LONG = 2.0
-"""Seconds beside which the profiler's microseconds for an operator do not show."""
+"""Seconds: in a call of this length the profiler's microseconds for each operator do not matter."""
 
 
 def grow(
@@ -30,15 +30,15 @@ def grow(
 ) -> dict:
     """Measures ``block`` at one sample of each of ``sides``, ascending, until the next size would pass a limit.
 
-    Each size is timed for ``seconds`` at least, and once; a call that takes ``LONG`` is timed while its memory
-    is recorded, and not repeated.
+    Each size is timed for at least ``seconds``, and at least once. A call that takes ``LONG`` is timed while its
+    memory is recorded, and not repeated.
 
-    What the next size takes is foretold from those before it (:func:`extrapolate`), so that nothing runs out
-    of memory in fact.
+    What the next size takes is predicted from the sizes before it (:func:`extrapolate`), so nothing really runs out
+    of memory.
 
     Returns:
-        ``points``, a list of ``{"n", "seconds", "bytes"}`` (seconds a :func:`summary`, bytes the peak beyond the
-        input), and ``stopped``, why there are no more of them, or None.
+        ``points``, a list of ``{"n", "seconds", "bytes"}``: seconds are a :func:`summary`, bytes the peak without the
+        input. And ``stopped``: why there are no more points, or None.
     """
     points: list[dict] = []
     for side in sides:
@@ -54,7 +54,7 @@ def grow(
             if seconds_ahead > seconds_limit:
                 return {"points": points, "stopped": f"out of time at N = {n:,}: {seconds_ahead:.0f} s"}
         call = prepare(block.make(channels), (1, channels, side, side), mode, device=device)
-        if n < 20_000:  # later ones take long enough to drown the first call's cost, and are costly to repeat
+        if n < 20_000:  # larger sizes take so long that the cost of a first call does not matter
             call()
         samples: list[float] = []
         taken = memory(_timed(call, samples, device), device)

@@ -1,22 +1,16 @@
-"""The report's plots, as PNG bytes."""
+"""The plots of the cost report."""
 
 from __future__ import annotations
 
-import io
-
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.blocks import BLOCKS
 from benchmarks.measure import MODES
+from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 UNIT = "EMAUnit"
-UNIT_COLOUR = "#0072B2"
-COLOURS = ["#000000", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
-"""Okabe and Ito's: colour-blind readers tell them apart, and with markers and dashes so does everyone in grey."""
-MARKERS = "sD^vP<>Xp*h"
 
 
 def _style(name: str) -> dict:
@@ -39,7 +33,7 @@ def _style(name: str) -> dict:
     }
 
 
-def growth(grown: dict[str, dict], channels: int) -> bytes:
+def plot_growth(grown: dict[str, dict], channels: int) -> Figure:
     """Time and memory of each block against N, both axes logarithmic; a row of panels for each mode."""
     figure = Figure(figsize=(13, 9.5), layout="constrained")
     axes = figure.subplots(len(MODES), 2, sharex=True, squeeze=False)
@@ -58,11 +52,11 @@ def growth(grown: dict[str, dict], channels: int) -> bytes:
     figure.suptitle(f"One sample, C = {channels}. A line ends where the next size would pass a limit.")
     handles, labels = axes[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    return png(figure)
+    return figure
 
 
-def costs(tables: list[dict]) -> bytes:
-    """Bars of time (with quartiles) and peak memory at the one size of each table, for both modes."""
+def plot_costs(tables: list[dict]) -> Figure:
+    """Bars of time (with quartiles) and of peak memory, a row of panels for each table."""
     figure = Figure(figsize=(13, 5.2 * len(tables)), layout="constrained")
     panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
     for table, (forward, step, peak) in zip(tables, panels, strict=True):
@@ -80,21 +74,14 @@ def costs(tables: list[dict]) -> bytes:
         _label(peak, memory, memory)
         peak.set_xlabel(f"{MODES[1]}, peak memory beyond the input [MiB]")
         forward.set_title(f"input {tuple(table['shape'])}, {table['dtype']}", loc="left")
-    return png(figure)
+    return figure
 
 
 def _label(axis: Axes, values: list[float], ends: list[float]) -> None:
-    """The numbers beside the bars, right of where each ends."""
+    """Writes each number to the right of the end of its bar."""
     for i, (value, end) in enumerate(zip(values, ends, strict=True)):
         text = f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
         axis.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_xlim(0, 1.2 * max(ends))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Every size that is measured, in one place: ``FULL``, and ``QUICK`` for a look that takes two minutes."""
+"""Every size that is measured: ``FULL``, and ``QUICK`` for a first impression in two minutes."""
 
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ class Sizes(NamedTuple):
     growth_channels: int
     """C of the report's growth."""
     seconds: float
-    """How long the report measures each table row's group of calls, at least."""
+    """How long the report measures the calls of a table row, at least."""
     growth_seconds: float
-    """How long the report measures each size of a block's growth, at least."""
+    """How long the report measures each size in the growth, at least."""
     slowest: float
     """Seconds that one call may take in the report's growth."""
 

@@ -1,6 +1,6 @@
 """`make bench`: every block × size × {eval forward, training step}, by pytest-benchmark.
 
-pytest does not collect this file by itself, so that `make test` stays fast.
+pytest does not collect this file by itself, so `make test` stays fast.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.blocks import BLOCKS
+from benchmarks.costs.sizes import FULL, QUICK
 from benchmarks.measure import MODES, Mode
-from benchmarks.sizes import FULL, QUICK
 
 GIGA = 1e9
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of them, small sizes first: what a large one takes is foretold from the small."""
+    """All of them, small sizes first: from these the time of the large ones is predicted."""
     sizes = QUICK if quick else FULL
     kinds = [("cpu", torch.float32)]
     if torch.cuda.is_available():
@@ -57,7 +57,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 class Budget:
-    """The time that is left, and what a case will take of it."""
+    """The time that is left, and how much of it a case will take."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -97,10 +97,10 @@ def test_block(case: Case, budget: Budget, benchmark, request: pytest.FixtureReq
     gigabytes = case.batch * measure.extrapolate(small, case.side**2) / GIGA
     if gigabytes > (limit := request.config.getoption("--memory-limit")):
         pytest.skip(f"{case}: out of memory, {gigabytes:.1f} GB of {limit:g}")
-    foretold = budget.foretold(case)
-    rounds = min(20, max(1, int(1 / foretold)))
-    if foretold > budget.left():
-        pytest.skip(f"{case}: out of time, {foretold:.0f} s of the {max(0, budget.left()):.0f} s left")
+    predicted = budget.foretold(case)
+    rounds = min(20, max(1, int(1 / predicted)))
+    if predicted > budget.left():
+        pytest.skip(f"{case}: out of time, {predicted:.0f} s of the {max(0, budget.left()):.0f} s left")
 
     shape = (case.batch, case.channels, case.side, case.side)
     call = measure.prepare(block.make(case.channels), shape, case.mode, case.dtype, case.device)
@@ -120,5 +120,5 @@ def test_block(case: Case, budget: Budget, benchmark, request: pytest.FixtureReq
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
-    benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=int(foretold < 2))
+    benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=int(predicted < 2))
     budget.measured(case, benchmark.stats.stats.median)

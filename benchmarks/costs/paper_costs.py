@@ -1,6 +1,6 @@
 """The paper's cost table, computed: what each head adds to torchvision's ResNet-101 at 513×513, output stride 8.
 
-Nothing runs: operators are counted on tensors that have a shape and no values.
+Nothing is computed: operators are counted on tensors that have a shape and no values.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet101
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 
-from benchmarks.blocks import PublishedEMAU
 from benchmarks.measure import macs, parameters
 from ema_attention import EMAUnit
+from tests.plain import PublishedEMAU
 
 CLASSES = 21  # PASCAL VOC
 
@@ -69,8 +69,8 @@ def reduction(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
 
 
-def table(side: int = 513) -> list[dict]:
-    """Rows of ``{"name", "macs", "parameters", "published", "note"}``, backbones first and then what heads add."""
+def count(side: int = 513) -> list[dict]:
+    """Rows of ``{"name", "macs", "parameters", "published", "note"}``: the backbones, then what each head adds."""
     with torch.device("meta"):
         backbones = {"ResNet-101": backbone(), "ResNet-101, published stem": backbone(published_stem=True)}
         heads: dict[str, nn.Module] = {
@@ -90,7 +90,7 @@ def table(side: int = 513) -> list[dict]:
     return [
         {
             "name": name,
-            "macs": _count(module.eval(), x),
+            "macs": _macs(module.eval(), x),
             "parameters": parameters(module),
             "published": PUBLISHED.get(name.split(",")[0]),
             "note": NOTES[name],
@@ -99,7 +99,7 @@ def table(side: int = 513) -> list[dict]:
     ]
 
 
-def _count(module: nn.Module, x: torch.Tensor) -> int:
+def _macs(module: nn.Module, x: torch.Tensor) -> int:
     if next(module.parameters()).device.type == "meta":
         return macs(module, x)
     with FakeTensorMode(allow_non_fake_inputs=True):

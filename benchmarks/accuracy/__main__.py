@@ -1,0 +1,108 @@
+"""Tables and pictures of what a block adds to a network, from the rows that ``benchmarks.accuracy.sweep`` has written.
+
+python -m benchmarks.accuracy                          report.md and its pictures, next to the rows
+python -m benchmarks.accuracy --measure                times of the networks first: on a machine that does nothing else
+python -m benchmarks.accuracy --readme README.md       also the table between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.network_costs import measure_networks
+from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages
+from benchmarks.accuracy.score_tables import TITLES, class_table, readme_table, task_table
+from benchmarks.accuracy.scores import like_for_like, seeds_of
+from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, read_rows
+from benchmarks.accuracy.tasks import BASES, FIXED_BASES, STAGES, TASKS
+from benchmarks.plot_style import png
+from benchmarks.reporting import update_readme
+from examples._common.files import written_whole
+
+README_MARKERS = ("<!-- accuracy table: begin -->", "<!-- accuracy table: end -->")
+
+
+def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]]:
+    """The report, and its pictures by the names of their files. It leaves out what has no run yet."""
+    env = networks["environment"]
+    pictures = {}
+    lines = [
+        "# What each block adds",
+        "",
+        "The same network with each block in the same place, trained end to end. A run is a seed: trained on the",
+        "training set, its checkpoint chosen on the validation set, reported on the test set. mIoU in percent, mean ±",
+        "standard deviation over seeds. The word behind EMAUnit is its `gradient`; `none` is the paper.",
+        "",
+        "Rows: `python -m benchmarks.accuracy.sweep --root CAMVID` "
+        "([runs.jsonl](runs.jsonl): recipe, machine, commit).",
+        f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
+        f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
+        "image, as in the evaluation. Training step: forward and backward of a batch, as in the recipe.",
+        "",
+    ]
+    for task, title in TITLES.items():
+        if not any(row["task"] == task for row in rows):
+            continue
+        recipe = next(row["recipe"] for row in rows if row["task"] == task)
+        (height, width), (crop_height, crop_width) = TASKS[task].size, TASKS[task].crop
+        recipe = ", ".join(f"{name} {value}" for name, value in recipe.items() if name != "seed")
+        lines += [
+            f"## {title}",
+            "",
+            f"Images {width}×{height}, trained on {crop_width}×{crop_height}. Recipe: {recipe}.",
+            "",
+        ]
+        lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
+        pictures[f"{task}.png"] = plot_learning(rows, task)
+        if task != "digits":
+            lines += ["IoU of every class, mean over the seeds:", "", *class_table(rows, task), ""]
+    bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])
+    if sum(block in bases for block in BASES.values()) > 1:
+        pictures["bases.png"] = plot_bases(bases)
+        lines += ["## Bases and moving average", "", *seeds_of(bases), "", "![mIoU against K](bases.png)", ""]
+    stages = like_for_like(rows, STAGES.values())
+    if len(stages) > 1:
+        pictures["stages.png"] = plot_stages(stages)
+        lines += ["## EM stages in training and in evaluation", "", *seeds_of(stages), ""]
+        lines += ["![mIoU for each pair](stages.png)", ""]
+    return "\n".join(lines), pictures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--results", type=Path, default=FOLDER, help="the folder of rows and report (default: %(default)s)"
+    )
+    parser.add_argument("--measure", action="store_true", help="measure the networks' costs first: three minutes")
+    parser.add_argument("--readme", type=Path, help="also put the table into this file, between its markers")
+    args = parser.parse_args(arguments)
+    costs = args.results / "costs.json"
+    try:
+        rows = read_rows(args.results / ROWS.name)
+        if args.measure:
+            networks = measure_networks("cuda" if torch.cuda.is_available() else "cpu")
+            with written_whole(costs) as file:
+                file.write((json.dumps(networks, indent=1) + "\n").encode())
+        if not costs.exists():
+            raise ValueError(f"{costs} does not exist: --measure makes it")
+        networks = json.loads(costs.read_text())
+        text, pictures = report(rows, networks)
+        files = {"report.md": text.encode()} | {name: png(figure) for name, figure in pictures.items()}
+        for name, content in files.items():
+            with written_whole(args.results / name) as file:
+                file.write(content)
+        if args.readme:
+            update_readme(args.readme, README_MARKERS, readme_table(rows))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+    print(args.results / "report.md")
+
+
+if __name__ == "__main__":
+    main()

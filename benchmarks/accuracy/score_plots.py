@@ -1,0 +1,96 @@
+"""Plots from the rows of the runs."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of
+from benchmarks.accuracy.sweep_runs import SEEDS, Rows
+from benchmarks.accuracy.tasks import BASES, EVALUATED_STAGES, FIXED_BASES, STAGES, TASKS
+from benchmarks.blocks import TRAINED
+from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
+
+
+def plot_learning(rows: Rows, task: str) -> Figure:
+    """MIoU on the validation set over the steps: the mean over seeds, with a bar from the lowest to the highest."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    recipe = TASKS[task].recipe
+    for i, block in enumerate(TRAINED):
+        runs = runs_of(rows, task, block)
+        if not runs:
+            continue
+        curves = {int(step): [percent(run["val"][step]) for run in runs] for step in runs[0]["val"]}
+        shift = recipe.evaluate_every * 0.05 * (i - len(TRAINED) // 2)  # so that no bar hides another
+        means = [statistics.mean(values) for values in curves.values()]
+        below, above = (
+            [abs(pick(values) - mean) for values, mean in zip(curves.values(), means, strict=True)]
+            for pick in (min, max)
+        )
+        is_unit = block.startswith("EMAUnit")
+        ax.errorbar(
+            [step + shift for step in curves],
+            means,
+            [below, above],
+            color=UNIT_COLOUR if is_unit else COLOURS[i],
+            linestyle={"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-"),
+            linewidth=2.4 if is_unit else 1.4,
+            marker=MARKERS[i],
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+            label=f"{block} ({count_seeds(runs)})" if len(runs) != len(SEEDS) else block,
+        )
+    ax.set(xlabel="training steps", ylabel="mIoU on val [%], mean and range of the seeds")
+    ax.set(xticks=range(0, recipe.steps + 1, recipe.evaluate_every))
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def plot_bases(runs: dict[str, Rows]) -> Figure:
+    """Scores against the number of bases K, and without the moving average; a line through the means."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    scores = {k: scores_of(runs[block]) for k, block in BASES.items() if block in runs}
+    for k, values in scores.items():
+        ax.plot([k] * len(values), values, "o", color=UNIT_COLOUR, alpha=0.5)
+    means = [statistics.mean(values) for values in scores.values()]
+    ax.plot(list(scores), means, color=UNIT_COLOUR, label="moving average")
+    if fixed := runs.get(FIXED_BASES):
+        ax.plot([64] * len(fixed), scores_of(fixed), "X", color=COLOURS[1], label="fixed bases, K = 64")
+    if nothing := runs.get("no block"):
+        ax.axhline(statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block")
+    ax.set(xscale="log", xticks=list(BASES), xticklabels=list(BASES), xlabel="bases K", ylabel="mIoU on test [%]")
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def plot_stages(runs: dict[str, Rows]) -> Figure:
+    """MIoU for each number of EM stages in training and in evaluation, the mean over the seeds."""
+    trained = [stages for stages, block in STAGES.items() if block in runs]
+    grid = torch.tensor(
+        [
+            [
+                statistics.mean(percent(run["test_by_stages"][str(t)]) for run in runs[STAGES[stages]])
+                for t in EVALUATED_STAGES
+            ]
+            for stages in trained
+        ]
+    )
+    figure = Figure(figsize=(7.5, 1.6 + 0.6 * len(trained)), layout="constrained")
+    ax = figure.subplots()
+    heat = ax.imshow(grid.numpy(), cmap="cividis", aspect="auto")
+    middle = (grid.min() + grid.max()) / 2
+    for row, column in torch.cartesian_prod(*map(torch.arange, grid.shape)).tolist():
+        value = grid[row, column]
+        ax.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
+    ax.set(xticks=range(len(EVALUATED_STAGES)), xticklabels=EVALUATED_STAGES, xlabel="EM stages in evaluation")
+    ax.set(yticks=range(len(trained)), yticklabels=trained, ylabel="EM stages in training")
+    figure.colorbar(heat, label="mIoU on test [%]")
+    return figure

@@ -1,0 +1,90 @@
+"""`make report`: measures what every block costs, and writes Markdown, plots and the raw numbers, a folder a machine.
+
+::
+
+    python -m benchmarks.costs                          # measure, write benchmarks/results/<machine>/
+    python -m benchmarks.costs --render results.json    # write the same from numbers measured before
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.costs.cost_plots import plot_costs, plot_growth
+from benchmarks.costs.cost_tables import markdown, readme_table
+from benchmarks.costs.growth import exponents
+from benchmarks.costs.measure_costs import measure_costs
+from benchmarks.costs.sizes import FULL, QUICK
+from benchmarks.plot_style import png
+from benchmarks.reporting import RESULTS, update_readme
+from examples._common.files import written_whole
+
+MARKERS = ("<!-- cost table: begin -->", "<!-- cost table: end -->")
+
+
+def write(results: dict, folder: Path) -> None:
+    """The report's files into ``folder``."""
+    files = {
+        "results.json": (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode(),
+        "report.md": (markdown(results) + "\n").encode(),
+        "costs.png": png(plot_costs(results["costs"])),
+        "growth.png": png(plot_growth(results["growth"], results["sizes"]["growth_channels"])),
+    }
+    for name, content in files.items():
+        with written_whole(folder / name) as file:
+            file.write(content)
+
+
+def folder_name(machine: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few and small sizes: two minutes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: PyTorch's)")
+    parser.add_argument(
+        "--memory-limit", type=float, default=8.0, metavar="GB", help="of growth (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results/<machine>")
+    parser.add_argument("--render", type=Path, metavar="RESULTS.JSON", help="measure nothing, write from these numbers")
+    parser.add_argument("--readme", type=Path, help="also put the cost table into this file, between its markers")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1; got {options.threads}")
+        torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device} needs a GPU, and PyTorch sees none")
+    try:
+        if options.render:
+            results = json.loads(options.render.read_text())
+        else:
+            command = shlex.join(
+                ["python", "-m", "benchmarks.costs", *(sys.argv[1:] if arguments is None else arguments)]
+            )
+            sizes = QUICK if options.quick else FULL
+            results = measure_costs(sizes, options.device, options.memory_limit * 1e9, command)
+        folder = options.output or RESULTS / folder_name(results["environment"]["machine"])
+        write(results, folder)
+        if options.readme:
+            update_readme(options.readme, MARKERS, readme_table(results))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    for mode, grown in results["growth"].items():
+        for name, block in grown.items():
+            fitted = ["?" if p is None else f"{p:.2f}" for p in exponents(block).values()]
+            print(f"{mode}, {name}: time ∝ N^{fitted[0]}, memory ∝ N^{fitted[1]}; {block['stopped'] or 'to the end'}")
+    print(f"{folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What both reports are written with: their folder, Markdown tables, times in milliseconds, the README's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from examples._common.files import written_whole
+
+RESULTS = Path(__file__).parent / "results"
+"""A folder for each report."""
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table: the first column left, the others right."""
+    align = ["---"] + ["---:"] * (len(head) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (head, align, *rows)]
+
+
+def milliseconds(times: dict) -> str:
+    """Median [quartiles] of a :func:`benchmarks.measure.summary`."""
+    low, high = times["quartiles"]
+    digits = 1 if times["median"] < 0.1 else 0
+    return f"{1e3 * times['median']:,.{digits}f} [{1e3 * low:,.{digits}f}–{1e3 * high:,.{digits}f}]"
+
+
+def update_readme(readme: Path, markers: tuple[str, str], content: str) -> None:
+    """Puts ``content`` between the two markers in ``readme``, whole lines.
+
+    Raises:
+        ValueError: if either marker is missing or there more than once, or if the file cannot be written.
+    """
+    begin, end = markers
+    text = readme.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme} must have one line {begin} and, below it, one line {end}")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    with written_whole(readme) as file:
+        file.write(f"{before}{begin}\n{content}{end}{after}".encode())
