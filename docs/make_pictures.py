@@ -21,8 +21,8 @@ from playwright.sync_api import Page, sync_playwright
 from torch import Tensor
 
 from ema_attention import EMStages, em_stages, explore_stages, plot_em_stages
-from ema_attention.pictures import colour_of_basis
-from examples.attention_maps import efficientnet_lite0, extract_features, farthest_positions, read_photo
+from ema_attention.look.pictures import colour_of_basis
+from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
 FOLDER = Path(__file__).with_name("pictures")
 STAGES, SCALE = 15, 10.0  # the demo's

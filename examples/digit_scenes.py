@@ -1,7 +1,8 @@
 """A task that needs global context: find the digits that equal the key, on a canvas wider than the network sees.
 
-A scene holds eight real handwritten digits (scikit-learn's), one of them on a blue cell: the key. Wanted are the pixels
-of the digits of its class. What is a digit, and which, shows where it stands; whether it is wanted shows at the key.
+A scene holds eight real handwritten digits (scikit-learn's). One of them, the key, is on a blue cell. The label is the
+pixels of the digits of the key's class. Which digit a pixel belongs to is seen near it; whether that is the key's class
+is seen only at the key.
 
 python -m examples.digit_scenes                      a network with EM attention learns it: a minute on 2 cores
 python -m examples.digit_scenes --block no-block     the same network without
@@ -27,9 +28,10 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.tv_tensors import Image, Mask
 
 from ema_attention import EMAUnit
-from examples.attention_maps import write_figure
-from examples.emanet.data import normalisation, seed_everything
-from examples.emanet.train import Recipe, fit
+from examples._common.files import write_figure
+from examples._common.recipe import Recipe
+from examples._common.samples import normalisation, seed_everything
+from examples._common.training import fit
 
 SPLITS = {"train": slice(0, 1000), "val": slice(1000, 1397), "test": slice(1397, 1797)}
 """The digits of each split, in one fixed permutation of all."""
@@ -53,8 +55,8 @@ class DigitScenes(Dataset[tuple[Image, Mask]]):
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: drawn from 1,000, 397 or 400 digits.
         length: number of scenes.
-        is_marked: whether the key's cell is blue. Where it is not, what can be found is guessed: of the classes that
-            are there, the key's is often the most frequent.
+        is_marked: whether the key's cell is blue. If it is not, a network can only guess: the key's class is often
+            the most frequent one.
 
     Returns:
         Of each index from 0 to length − 1, the image (3, 64, 64), uint8, and the label (64, 64), int64: 1 on the
@@ -131,8 +133,8 @@ def _square(corner: np.ndarray, side: int) -> tuple[slice, slice]:
 class ShortSightedNet(nn.Module):
     """Five 3×3 convolutions, a block, and a head of one more and a 1×1 convolution to the logits of every pixel.
 
-    Without a block that carries more, no logit depends on a pixel more than 22 rows or columns away: a 3×3
-    convolution widens what is seen by twice the stride of its input, which is 1, 2, 4, 4, 4 and 4 here: to 39 pixels.
+    Without a block, no logit depends on a pixel more than 22 rows or columns away. A 3×3 convolution widens the
+    receptive field by twice the stride of its input. The strides are 1, 2, 4, 4, 4 and 4 here, which gives 39 pixels.
 
     Args:
         make_block: makes a block for a number of channels; ``nn.Identity`` for none. It maps (B, 48, H/4, W/4) to
@@ -166,7 +168,7 @@ class ShortSightedNet(nn.Module):
 
 
 def plot_scenes(images: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Figure:
-    """Draws scenes side by side: the images (B, 3, H, W), below them the labels and the predictions (B, H, W)."""
+    """Draws scenes side by side: the images (B, 3, H, W), and below them labels and predictions (B, H, W)."""
     rows = {"image": images.movedim(1, -1), "label": _colour(labels)}
     if predictions is not None:
         rows["prediction"] = _colour(predictions)
@@ -194,10 +196,14 @@ BLOCKS = {
     "last": partial(EMAUnit, gradient="last"),
     "all": partial(EMAUnit, gradient="all"),
 }
+"""The choices of ``--block``: no block, or :class:`EMAUnit` with each value of its option ``gradient``.
+
+``benchmarks`` compares it with other blocks.
+"""
 
 
 def learn(args: argparse.Namespace) -> None:
-    """Trains a network, and draws what it finds in scenes of the test set."""
+    """Trains a network, and draws its predictions for scenes of the test set."""
     folder = next(run for i in count() if not (run := args.output / f"run-{i}").exists())
     recipe = Recipe(args.steps, 16, lr=0.4, norm_momentum=0.1, seed=args.seed, evaluate_every=200)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from ema_attention import em_stages, explore_stages
-from examples.attention_maps import efficientnet_lite0, extract_features, farthest_positions, read_photo, write_whole
+from examples._common.files import written_whole
+from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,9 +35,10 @@ def run(args: argparse.Namespace) -> None:
         mu = farthest_positions(x, args.bases)
         stages.append(em_stages(F.normalize(x, dim=1), mu, args.stages, scale=args.scale))
         say(f"{i} of {len(names)}: {name}, {args.stages} stages of EM at {x.shape[2]}×{x.shape[3]} positions")
-    page = explore_stages(stages, photos, names=names)
-    write_whole(args.output, lambda part: part.write_text(page, encoding="utf-8"))
-    say(f"page: {args.output}, {len(page.encode()) / 1e6:.1f} MB")
+    page = explore_stages(stages, photos, names=names).encode()
+    with written_whole(args.output) as file:
+        file.write(page)
+    say(f"page: {args.output}, {len(page) / 1e6:.1f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:

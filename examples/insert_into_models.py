@@ -1,10 +1,10 @@
-"""EMAUnit in networks that know nothing of it: 2D, 3D, tokens, 1D.
+"""EMAUnit inserted into existing networks: 2D, 3D, tokens, 1D.
 
-python examples/insert_into_models.py
+python -m examples.insert_into_models
 
-Each function takes a network, puts a unit into it, and returns it. The names of the network's own
-parameters stay what they were, so its pretrained weights fit before and after; with ``zero_init`` the
-network computes what it did, until training moves the unit.
+Each function takes a network, puts a unit into it, and returns it. The network's own parameters keep their
+names, so its pretrained weights fit before and after. With ``zero_init`` the network computes the same as
+before, until training changes the unit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ema_attention import EMAUnit
 
 
 def insert_into_resnet(model: ResNet | VideoResNet) -> nn.Module:
-    """Behind the last stage of torchvision's ResNets, of images or of videos.
+    """After the last stage of torchvision's ResNets, of images or of videos.
 
     The stage ends with a ReLU, so the unit's own last ReLU changes nothing at the start.
     """
@@ -35,7 +35,7 @@ def insert_into_resnet(model: ResNet | VideoResNet) -> nn.Module:
 def insert_into_vision_transformer(model: VisionTransformer) -> nn.Module:
     """Half-way up timm's vision transformer, over the patch tokens.
 
-    Behind the last block it would be of no use: the classifier reads the class token alone.
+    After the last block it would have no effect: the classifier reads the class token alone.
     """
     unit = EMAUnit(model.embed_dim, zero_init=True, final_relu=False, channel_dim=-1)
     blocks = list(model.blocks.named_children())
@@ -45,7 +45,7 @@ def insert_into_vision_transformer(model: VisionTransformer) -> nn.Module:
 
 
 class PatchTokens(nn.Module):
-    """Applies ``module`` to the patch tokens of (B, N, C); the class token and any other in front pass by."""
+    """Applies ``module`` to the patch tokens of (B, N, C); the class token and others in front stay the same."""
 
     def __init__(self, module: nn.Module, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def m5(num_classes: int = 10) -> nn.Sequential:
 
 
 def insert_into_m5(model: nn.Sequential) -> nn.Module:
-    """Behind the features, which end with a ReLU and a maximum, so that they are not negative either."""
+    """After the features. They end with a ReLU and a maximum, so they are not negative either."""
     model.features.append(EMAUnit(model.fc.in_features, zero_init=True))
     return model
 

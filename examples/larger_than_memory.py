@@ -1,14 +1,13 @@
 """EM attention of one sample that lies on disk, in the memory of one tile, and resumable after being killed.
 
-    python examples/larger_than_memory.py out --positions 100_000_000
+    python -m examples.larger_than_memory out --positions 100_000_000
 
-Features are FOLDER/features.npy, (N, C) float32, one row a position; made up if the file is not there. The
-reconstruction goes to FOLDER/out.npy, of the same shape, the bases to FOLDER/bases.npy, (C, K). The state is
-saved every few seconds: the same command goes on from where a killed run had come to.
+The features are FOLDER/features.npy, (N, C) float32, one row a position. If the file is not there, it is made up.
+The reconstruction goes to FOLDER/out.npy, of the same shape, and the bases to FOLDER/bases.npy, (C, K). The state is
+saved every few seconds: after a run was killed, the same command goes on from the last state.
 """
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -18,26 +17,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap
+from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 from tqdm import tqdm
 
-from ema_attention.tiled import TiledEMAttention
+from ema_attention import TiledEMAttention
+from examples._common.files import written_whole
 
 SECONDS_BETWEEN_SAVES = 5.0
 MATERIALS = 12  # what the made-up features are made of
 
 
 def make_features(path: Path, positions: int, channels: int, tile: int) -> None:
-    """Rows of a few directions with noise, written to a file of another name until it is whole."""
-    partial = path.with_suffix(".partial")
+    """Rows of a few directions with noise, written as a .npy file tile after tile."""
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((MATERIALS, channels), np.float32)
-    open_memmap(partial, "w+", np.float32, (positions, channels))
-    for start in tqdm(range(0, positions, tile), desc="making features", unit="tile"):
-        rows = open_memmap(partial, "r+")[start : start + tile]
-        rows[:] = directions[rng.integers(MATERIALS, size=len(rows))]
-        rows += 0.5 * rng.standard_normal(rows.shape, np.float32)
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        header = {**header_data_from_array_1_0(directions), "shape": (positions, channels)}
+        write_array_header_1_0(file, header)
+        for start in tqdm(range(0, positions, tile), desc="making features", unit="tile"):
+            rows = directions[rng.integers(MATERIALS, size=min(tile, positions - start))]
+            rows += 0.5 * rng.standard_normal(rows.shape, np.float32)
+            file.write(rows)
 
 
 def read_tile(path: Path, start: int, size: int) -> torch.Tensor:
@@ -52,9 +52,8 @@ def write_tile(path: Path, start: int, tile: torch.Tensor) -> None:
 
 
 def save(state: dict[str, object], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        torch.save(state, file)
 
 
 def attend(folder: Path, bases: int, stages: int, tile: int) -> Iterator[tuple[str, int, float]]:
@@ -99,8 +98,8 @@ def attend(folder: Path, bases: int, stages: int, tile: int) -> Iterator[tuple[s
         if stage < stages:
             em.step()
             start = 0
-    np.save(folder / "bases.partial.npy", em.mu[0].numpy())
-    os.replace(folder / "bases.partial.npy", folder / "bases.npy")
+    with written_whole(folder / "bases.npy") as file:
+        np.save(file, em.mu[0].numpy())
     state_file.unlink(missing_ok=True)
 
 

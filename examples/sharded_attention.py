@@ -1,11 +1,11 @@
 """One sample spread over processes: exact attention that exchanges K·(C + 1) numbers a stage.
 
-    torchrun --nproc-per-node 2 examples/sharded_attention.py
-    torchrun --nproc-per-node 4 examples/sharded_attention.py --height 512
+    torchrun --nproc-per-node 2 -m examples.sharded_attention
+    torchrun --nproc-per-node 4 -m examples.sharded_attention --height 512
 
 Every process holds a slice of the rows of one feature map. The result and the gradient are compared with
-the unsharded ones, and what was communicated with what ring attention (Liu, Zaharia, Abbeel, 2023,
-arXiv 2310.01889) would move: keys and values of all other ranks through every rank.
+the unsharded ones. The bytes sent are compared with those of ring attention (Liu, Zaharia, Abbeel, 2023,
+arXiv 2310.01889), which moves the keys and values of all other ranks through every rank.
 """
 
 import argparse
@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ema_attention import em_attention
-from ema_attention.sharded import sharded_em_attention
+from ema_attention import em_attention, sharded_em_attention
 
 
 @contextlib.contextmanager
@@ -67,7 +66,7 @@ def run(channels: int, height: int, width: int, bases: int, stages: int) -> None
         return
 
     # A ring all-reduce sends 2·(R − 1)/R of its buffer from every rank, a ring of keys and values
-    # (R − 1)/R of both, N·C each: forward once; backward again, with their gradients beside them.
+    # (R − 1)/R of both, N·C each: once forward, and again backward together with their gradients.
     of_a_reduce, of_a_ring = 2 * (ranks - 1) / ranks, (ranks - 1) / ranks
     keys_and_values = 2 * height * width * channels * whole.element_size()
     print(f"{ranks} processes, x (1, {channels}, {height}, {width}), K = {bases}, {stages} stages, float32")

@@ -3,9 +3,9 @@
 python -m examples.video_stream FOLDER                every image in it, in the order of their names
 python -m examples.video_stream FOLDER --frames 30 --bases 16
 
-A cold start takes the bases from the frame's own farthest positions; a warm start takes those that the frame
-before came to, after the one stage it was given. Both are then followed for a number of stages through the
-objective that EM climbs. It needs ``pip install "ema-attention[examples]"``.
+A cold start takes the bases from the frame's own farthest positions. A warm start takes the bases of the frame
+before, after its one stage. The objective that EM climbs is then followed from both starts, for a number of
+stages. It needs ``pip install "ema-attention[examples]"``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ema_attention import em_attention
-from examples.attention_maps import (
-    efficientnet_lite0,
-    extract_features,
-    farthest_positions,
-    read_photo,
-    write_figure,
-)
+from examples._common.files import write_figure
+from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
-REACHED = 0.01  # a start has arrived when it lacks this share of what the cold one climbs
+REACHED = 0.01  # a start has arrived when it lacks at most this share of the cold start's climb
 COLD, WARM = "#0072b2", "#d55e00"  # Okabe and Ito's blue and vermilion
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 

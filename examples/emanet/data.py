@@ -1,9 +1,8 @@
-"""Images with a mask of classes: CamVid's folders, PASCAL VOC through torchvision, and the published augmentation."""
+"""EMANet's data: CamVid's folders, PASCAL VOC through torchvision, and the published augmentation."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.transforms import v2
 
-IGNORE = 255
-"""The label of pixels that count neither in the loss nor in the score."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SPLITS = ("train", "val", "test")
+from examples._common.samples import IGNORE, IMAGENET_MEAN, Colours, Sample, normalisation
 
-Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
-"""An image (3, H, W), uint8, and its classes (H, W), int64."""
+SPLITS = ("train", "val", "test")
 
 
 class Segmentation(Dataset[Sample]):
@@ -41,7 +36,7 @@ class Segmentation(Dataset[Sample]):
         self,
         pairs: list[tuple[Path, Path]],
         names: tuple[str, ...],
-        colours: tuple[tuple[int, int, int], ...],
+        colours: Colours,
         ignore: int = IGNORE,
         size: tuple[int, int] | None = None,
     ) -> None:
@@ -260,82 +255,6 @@ def augmentation(crop: tuple[int, int], scales: tuple[float, float] = (0.5, 2.0)
     fill = {tv_tensors.Image: tuple(round(255 * mean) for mean in IMAGENET_MEAN), tv_tensors.Mask: IGNORE}
     random_crop = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
     return v2.Compose([RandomScale(*scales), random_crop, v2.RandomHorizontalFlip(), normalisation])
-
-
-normalisation = v2.Compose(
-    [
-        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ]
-)
-"""From 0–255 to what torchvision's backbones expect; masks pass."""
-
-
-class Normalised(Dataset[tuple[Tensor, Tensor]]):
-    """Samples as they are, with the image normalised."""
-
-    def __init__(self, dataset: Segmentation) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return normalisation(*self.dataset[index])
-
-
-class Drawn(Dataset[tuple[Tensor, Tensor]]):
-    """Samples after random transforms that depend on (seed, epoch, index) alone: not on workers, order or resuming.
-
-    Its keys are pairs (epoch, index).
-    """
-
-    def __init__(self, dataset: Dataset[Sample], transform: v2.Transform, seed: int) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
-        sample = self.dataset[index]
-        with torch.random.fork_rng(devices=[]):
-            seed_everything(self.seed, epoch, index)
-            return self.transform(*sample)
-
-
-class Batches(Sampler[list[tuple[int, int]]]):
-    """The keys of the samples of each step, from step ``first`` on: every epoch in an order of its own.
-
-    Each rank gets its share of the batch; what is left of an epoch after its last full batch is left out.
-
-    Raises:
-        ValueError: for a batch larger than the data set, or one that ranks cannot share evenly.
-    """
-
-    def __init__(
-        self, length: int, batch: int, first: int, last: int, seed: int, rank: int = 0, ranks: int = 1
-    ) -> None:
-        if not 1 <= batch <= length:
-            raise ValueError(f"the batch must be from 1 to {length}, the number of samples; got {batch}")
-        if batch % ranks:
-            raise ValueError(f"the batch must be a multiple of the {ranks} processes that share it; got {batch}")
-        self.length, self.batch, self.first, self.last = length, batch, first, last
-        self.seed, self.rank, self.ranks = seed, rank, ranks
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first, self.last):
-            epoch, batch = divmod(step, self.length // self.batch)
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            chosen = order[batch * self.batch : (batch + 1) * self.batch]
-            yield [(epoch, int(index)) for index in chosen[self.rank :: self.ranks]]
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seeds PyTorch's generators from several numbers."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import normalize, to_tensor
 
 from ema_attention import collect_attention_maps
+from examples._common.samples import IMAGENET_MEAN, IMAGENET_STD
 from examples.emanet.model import emanet
 
 PARTS = {"backbone": ("backbone",), "reduction": ("fc0",), "EMA unit": ("emau",), "head": ("fc1", "fc2")}
 LONGER_SIDE = 513  # the size of the paper's cost table
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_image(path: Path) -> Tensor:

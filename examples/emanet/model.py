@@ -2,8 +2,8 @@
 
 backbone → 3×3 conv, BN, ReLU → EMAU → 3×3 conv, BN, ReLU, dropout → 1×1 conv → bilinear upsampling.
 
-The backbone is torchvision's ResNet with dilation in its last stages. The published one has a deep stem and
-a multi-grid besides: ``emanet("resnet101", stem_channels=128, multi_grid=(1, 2, 4))``.
+The backbone is torchvision's ResNet with dilation in its last stages. The published one also has a deep stem and
+a multi-grid: ``emanet("resnet101", stem_channels=128, multi_grid=(1, 2, 4))``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, WeightsEnum, get_model
 from torchvision.models.resnet import conv1x1, conv3x3
 
-from ema_attention import EMAUnit
-from ema_attention.functional import GradientMode
+from ema_attention import EMAUnit, GradientMode
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 DILATED_STAGES = {8: ("layer3", "layer4"), 16: ("layer4",)}
@@ -27,8 +26,7 @@ DILATED_STAGES = {8: ("layer3", "layer4"), 16: ("layer4",)}
 class EMANet(nn.Module):
     """Semantic segmentation with EM attention on the features of ``backbone``.
 
-    The head's parts are called what the published weights call them: everything but the backbone's keys
-    is the same.
+    The head's parts have their names from the published weights. Only the backbone's keys differ.
 
     Args:
         backbone: maps an image (B, 3, H, W) to features (B, in_channels, H/s, W/s).
@@ -38,8 +36,8 @@ class EMANet(nn.Module):
         num_bases: K of the unit.
         stages: T of the unit.
         gradient: of the unit.
-        concat_input: one more 3×3 conv, BN, ReLU before the last, on the features and what was made of them,
-            as in mmsegmentation.
+        concat_input: one more 3×3 conv, BN, ReLU before the last convolution, on the features concatenated with
+            the output of fc1, as in mmsegmentation.
     """
 
     align_corners = True
@@ -107,7 +105,7 @@ def emanet(
         weights_backbone: of the backbone, as torchvision takes them: None for random ones, ``"DEFAULT"``
             for its best (a download), which have no deep stem.
         stem_channels: of a deep stem; None for torchvision's 7×7 convolution. See :func:`deepen_stem`.
-        multi_grid: by what the dilation of each block of the last stage is multiplied; None for 1.
+        multi_grid: the factors on the dilations of the last stage's blocks; None for 1.
         concat_input: see :class:`EMANet`.
 
     Raises:
@@ -161,10 +159,11 @@ def deepen_stem(resnet: ResNet, channels: int) -> None:
 def resnet_features(resnet: ResNet, output_stride: int, multi_grid: tuple[int, ...] | None = None) -> nn.Sequential:
     """A torchvision ResNet up to its last stage, at the given output stride, under the names it has there.
 
-    The convolutions are changed in place. One that loses its stride s computes its old outputs at every
-    s-th position, so those that follow step s times as wide: torchvision's own
-    ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have. The multi-grid multiplies the
-    dilations that layer4 then has: at output stride 8 those of ResNet-101, 2, 4, 4, become 2, 8, 16 by 1, 2, 4.
+    The convolutions are changed in place. A convolution that loses its stride s has its old outputs at every s-th
+    position. So the convolutions after it get s times their dilation. This is torchvision's
+    ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have. The multi-grid then multiplies the dilations
+    of layer4's blocks: at output stride 8 those of ResNet-101 are 2, 4, 4, and a multi-grid 1, 2, 4 makes them
+    2, 8, 16.
     """
     if output_stride not in DILATED_STAGES:
         raise ValueError(f"output_stride must be one of {tuple(DILATED_STAGES)}; got {output_stride}")

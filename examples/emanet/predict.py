@@ -6,18 +6,43 @@ python -m examples.emanet.predict runs/camvid/best.pt photo.jpg more/*.png --out
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 from torchvision import tv_tensors
 from tqdm import tqdm
 
 from ema_attention import collect_attention_maps, plot_attention_maps
-from examples.attention_maps import write_figure
-from examples.emanet.data import normalisation, read_picture
-from examples.emanet.evaluate import PAPER_SCALES, segment
-from examples.emanet.pictures import plot_overlay
+from examples._common.evaluation import segment
+from examples._common.files import write_figure
+from examples._common.pictures import class_patch, colour_classes
+from examples._common.samples import Colours, normalisation
+from examples.emanet.data import read_picture
+from examples.emanet.evaluate import PAPER_SCALES
 from examples.emanet.published import load_network
+
+
+def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: Colours) -> Figure:
+    """Predicted classes (H, W) over their image (3, H, W), uint8, with the share of each."""
+    height, width = classes.shape
+    blend = (image.permute(1, 2, 0).float() + colour_classes(classes, colours).float()) / 2
+    figure = Figure(figsize=(8, 8 * height / width + 0.8), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(blend.to(torch.uint8).numpy())
+    ax.set(xticks=[], yticks=[])
+    shares = {
+        int(label): int(count) / classes.numel()
+        for label, count in zip(*classes.unique(return_counts=True), strict=True)
+    }
+    patches = [
+        class_patch(colours[label], f"{names[label]} {share:.1%}")
+        for label, share in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize="small")
+    return figure
 
 
 @torch.no_grad()

@@ -2,14 +2,14 @@
 
 python -m examples.emanet.published IN OUT --to {official,mmsegmentation,ema-attention}
 
-Keys are renamed, and no number changes. The weights do not tell the network's multi-grid, nor how it upsamples: an
-official checkpoint is taken to be one of the published network, with output stride 8 and multi-grid 1, 2, 4, and one of
-mmsegmentation to have no multi-grid, as its configurations; who converts an official one to it has to set it there.
-The official code has no other network, so one with another stem or multi-grid is not written for it. The auxiliary
-head, which only training uses, is dropped.
+Keys are renamed, and no number changes. The weights do not tell the network's multi-grid, nor how it upsamples.
+An official checkpoint is read as the published network, with output stride 8 and multi-grid 1, 2, 4. A checkpoint of
+mmsegmentation is read without a multi-grid, as in its configurations. Who converts an official one to it has to set
+the multi-grid there. The official code has one network, so a network with another stem or multi-grid is not written
+in its format. The auxiliary head, which only training uses, is dropped.
 
-Here bases have exact unit norm; the official code adds 1e-6 to the norm and to the sums of the maps. That is nothing
-but rounding. The bases in the file may be shorter than 1, and EM starts from them as they are.
+Here bases have exact unit norm. The official code adds 1e-6 to the norm and to the sums of the maps, which differs by
+rounding alone. The bases in the file may be shorter than 1, and EM starts from them unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.emanet.checkpoint import load_checkpoint, save_checkpoint
+from examples._common.files import load_checkpoint, save_checkpoint
+from examples._common.samples import Colours
 from examples.emanet.data import VOC_NAMES, voc_colour
 from examples.emanet.model import EMANet, emanet
 
@@ -71,7 +72,7 @@ class Loaded(NamedTuple):
     """The arguments with which :func:`emanet` builds it."""
     names: tuple[str, ...]
     """Of the classes: the checkpoint's own, or VOC's if there are as many."""
-    colours: tuple[tuple[int, int, int], ...]
+    colours: Colours
     """Of the classes in pictures, RGB from 0 to 255."""
 
 
@@ -151,8 +152,9 @@ def write_checkpoint(loaded: Loaded, path: Path, format: str) -> None:
     """Writes a network in a format. Class names and colours are kept in ours alone.
 
     Raises:
-        ValueError: for weights that have no place in it, as ``conv_cat`` has none in the official one, and for a
-            network that who reads the format would build otherwise: another backbone, stem or multi-grid, other stages.
+        ValueError: for weights that the format has no key for, such as ``conv_cat`` in the official one; for a
+            network that the format's readers would build otherwise: another backbone, stem or multi-grid, other
+            stages.
     """
     model, network, *_ = loaded
     names = NAMES[format]

@@ -8,6 +8,7 @@ import torchvision
 from PIL import Image
 
 from examples import attention_maps
+from examples._common import photos
 
 
 @pytest.fixture
@@ -56,11 +57,11 @@ def test_the_default_puts_the_eyes_and_the_nose_of_the_cat_into_one_small_basis(
 
 def test_the_packaged_weights_recognise_the_cat():
     """They are matched to timm's model by their order: a wrong match of equal shapes would show here."""
-    model = attention_maps.timm.create_model("tf_efficientnet_lite0")
+    model = photos.timm.create_model("tf_efficientnet_lite0")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_maps.timm, "create_model", lambda *args, **kwargs: seen.append(model) or model)
-        attention_maps.efficientnet_lite0("DEFAULT")
+        patch.setattr(photos.timm, "create_model", lambda *args, **kwargs: seen.append(model) or model)
+        photos.efficientnet_lite0("DEFAULT")
     image = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None]
     best = seen[0]((image - 127) / 128)[0].topk(3).indices.tolist()
     assert set(best) <= {281, 282, 283, 284, 285}  # ImageNet's five domestic cats
@@ -92,24 +93,24 @@ def test_resnet50_with_weights_from_a_file(photo, tmp_path):
     backbone = attention_maps.resnet50(str(weights))
     weights.unlink()  # 100 MB
     assert pixels(tmp_path / "a.png").shape[1] > 500
-    x = attention_maps.extract_features(backbone, attention_maps.read_photo(photo, 64))
+    x = photos.extract_features(backbone, photos.read_photo(photo, 64))
     assert x.shape == (1, 1024, 5, 8)
 
 
 def test_features_are_centred_and_do_not_see_the_border():
-    backbone = attention_maps.efficientnet_lite0("DEFAULT")
+    backbone = photos.efficientnet_lite0("DEFAULT")
     flat = np.full((64, 96, 3), 90, np.uint8)
-    assert attention_maps.extract_features(backbone, flat).shape == (1, 112, 8, 12)
+    assert photos.extract_features(backbone, flat).shape == (1, 112, 8, 12)
     rough = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    x = attention_maps.extract_features(backbone, rough)
+    x = photos.extract_features(backbone, rough)
     assert x.mean((2, 3)).abs().max() < 1e-4
-    border = attention_maps.extract_features(backbone, flat).norm(dim=1).max()
+    border = photos.extract_features(backbone, flat).norm(dim=1).max()
     assert border < 0.5 * x.norm(dim=1).mean()
 
 
 def test_farthest_positions_are_the_most_different_directions():
     x = torch.tensor([[3.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]).T.reshape(1, 2, 2, 2)
-    mu = attention_maps.farthest_positions(x, 3)
+    mu = photos.farthest_positions(x, 3)
     assert mu.T.tolist() == [[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]
 
 
@@ -117,8 +118,8 @@ def test_a_photograph_keeps_its_shape_and_its_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     Image.new("L", (100, 50)).save(tmp_path / "turned.jpg", exif=exif)
-    assert attention_maps.read_photo(tmp_path / "turned.jpg", 64).shape == (64, 32, 3)
-    assert attention_maps.read_photo(None, 448).shape == (296, 448, 3)
+    assert photos.read_photo(tmp_path / "turned.jpg", 64).shape == (64, 32, 3)
+    assert photos.read_photo(None, 448).shape == (296, 448, 3)
 
 
 def broken_weights(path, kind):

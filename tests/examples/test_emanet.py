@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from published import PublishedEMAU
 from torch import nn
 from torchvision.models import get_model
 
 from ema_attention import EMAUnit, collect_attention_maps
 from examples.emanet import forward
 from examples.emanet.model import BACKBONES, ConvNormReLU, emanet, resnet_features
+from tests.plain import PublishedEMAU
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import tv_tensors
 
-from examples.emanet.data import IGNORE, VOC_NAMES, augmentation, camvid, read_picture, voc, voc_colour
+from examples._common.samples import IGNORE
+from examples.emanet.data import VOC_NAMES, augmentation, camvid, read_picture, voc, voc_colour
 
 MASK = np.array([[0, 1, 11], [10, 3, 3]], np.uint8)
 

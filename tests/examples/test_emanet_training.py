@@ -21,16 +21,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from examples._common.evaluation import evaluate, mean_iou, segment
+from examples._common.files import load_checkpoint, save_checkpoint
+from examples._common.pictures import plot_segmentation
+from examples._common.processes import first_process_ahead
+from examples._common.recipe import Recipe, parameter_groups
+from examples._common.samples import Batches, Drawn, seed_everything
+from examples._common.training import fit
 from examples.emanet import evaluate as evaluate_command
 from examples.emanet import predict, train
-from examples.emanet.checkpoint import load_checkpoint, save_checkpoint
-from examples.emanet.data import CAMVID_NAMES, Batches, Drawn, augmentation, camvid, seed_everything
-from examples.emanet.evaluate import evaluate, iou_table, mean_iou, segment
+from examples.emanet.data import CAMVID_NAMES, augmentation, camvid
+from examples.emanet.evaluate import iou_table
 from examples.emanet.model import EMANet
-from examples.emanet.pictures import plot_overlay, plot_segmentation
+from examples.emanet.predict import plot_overlay
 from examples.emanet.published import load_network
-from examples.emanet.train import Recipe, first_process_ahead, fit, parameter_groups
-from tests.test_distributed import run_on_ranks
+from tests.ranks import run_on_ranks
 
 RECIPE = Recipe(steps=6, batch=4, evaluate_every=3)
 SIZE = (24, 32)

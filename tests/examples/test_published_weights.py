@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from published import PublishedEMAU
 from torch import Tensor
 
 from examples.emanet.model import emanet
 from examples.emanet.published import Loaded, load_network, main, write_checkpoint
+from tests.plain import PublishedEMAU
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 Shapes = dict[str, tuple[int, ...]]

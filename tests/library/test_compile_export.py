@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +85,7 @@ def test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd(gradient
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # PyTorch 2.6's own
 @torch.no_grad()
 def test_the_default_compiler_infers() -> None:
     """Inductor, the whole way to machine code, once: it takes half a minute."""
@@ -126,6 +126,7 @@ def test_exports_with_dynamic_batch_and_size() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter's own
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_onnx_runs_any_batch_and_size() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
     model = Network().eval()
     program = torch.onnx.export(
         model, (torch.randn(2, 3, 17, 19),), dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False

@@ -19,7 +19,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from docs.docstrings import to_markdown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: classes as colours over the image, beside the label and the attention maps."""
+"""Pictures of a segmentation: the image, its label, the prediction and the attention maps, side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from ema_attention import EMAUnit, collect_attention_maps
-from examples.emanet.data import IGNORE, normalisation
-from examples.emanet.evaluate import evaluation_mode
-
-Colours = Sequence[Sequence[int]]
+from examples._common.evaluation import evaluation_mode
+from examples._common.samples import IGNORE, Colours, normalisation
 
 
 def colour_classes(mask: Tensor, colours: Colours) -> Tensor:
@@ -27,10 +25,9 @@ def colour_classes(mask: Tensor, colours: Colours) -> Tensor:
 
 @torch.no_grad()
 def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequence[str], colours: Colours) -> Figure:
-    """An image (3, H, W), uint8, beside its label (H, W), what ``model`` predicts, and the maps of its EM attention.
+    """An image (3, H, W), uint8, its label (H, W), what ``model`` predicts, and the maps of its EM attention.
 
-    Of each :class:`EMAUnit` the hard assignment is shown: every position in the shade of the basis that explains
-    most of it.
+    Of each :class:`EMAUnit` the hard assignment is shown: every position has the shade of its strongest basis.
     """
     device = next(model.parameters()).device
     has_units = any(isinstance(module, EMAUnit) for module in model.modules())
@@ -54,30 +51,11 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
         ax.set_title(f"{name}: largest of {z.shape[1]} bases")
     for ax in axes:
         ax.set(xticks=[], yticks=[])
-    patches = [_patch(colour, name) for name, colour in zip(names, colours, strict=True)]
+    patches = [class_patch(colour, name) for name, colour in zip(names, colours, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 3 * count), fontsize="small")
     return figure
 
 
-def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: Colours) -> Figure:
-    """Predicted classes (H, W) over their image (3, H, W), uint8, with the share of each."""
-    height, width = classes.shape
-    blend = (image.permute(1, 2, 0).float() + colour_classes(classes, colours).float()) / 2
-    figure = Figure(figsize=(8, 8 * height / width + 0.8), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(blend.to(torch.uint8).numpy())
-    ax.set(xticks=[], yticks=[])
-    shares = {
-        int(label): int(count) / classes.numel()
-        for label, count in zip(*classes.unique(return_counts=True), strict=True)
-    }
-    patches = [
-        _patch(colours[label], f"{names[label]} {share:.1%}")
-        for label, share in sorted(shares.items(), key=lambda item: -item[1])
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize="small")
-    return figure
-
-
-def _patch(colour: Sequence[int], label: str) -> Patch:
+def class_patch(colour: Sequence[int], label: str) -> Patch:
+    """The entry of a class in a legend."""
     return Patch(facecolor=[channel / 255 for channel in colour], edgecolor="#808080", label=label)

@@ -1,0 +1,149 @@
+"""The bookkeeping of a training: checkpoints, evaluations, and what TensorBoard shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from examples._common.evaluation import evaluate, mean_iou
+from examples._common.files import load_checkpoint, save_checkpoint
+from examples._common.pictures import plot_segmentation
+from examples._common.processes import rank_and_ranks, share_buffers
+from examples._common.recipe import Learner, Recipe
+from examples._common.samples import Samples
+
+SCALARS_EVERY = 10  # steps: reading a loss waits for the device
+
+
+class Run:
+    """A run in a folder: ``last.pt`` to go on from, ``best.pt``, and TensorBoard's events.
+
+    Of several processes the first one writes.
+
+    Args:
+        folder: of the run.
+        learner: what is trained. Its states are in the checkpoints.
+        recipe: how it is trained.
+        val_set: decides which weights are the best ones.
+        facts: what checkpoints also tell of the run. A run goes on only from one with the same.
+    """
+
+    def __init__(self, folder: Path, learner: Learner, recipe: Recipe, val_set: Samples, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.learner = learner
+        self.recipe = recipe
+        self.val_set = val_set
+        self.facts = {"recipe": asdict(recipe), **facts}
+        self.rank, self.ranks = rank_and_ranks()
+        self.last, self.best = folder / "last.pt", folder / "best.pt"
+        self.step = 0
+        self.history: dict[int, list[float]] = {}
+        """The IoU of every class at each evaluation, by step."""
+
+    def begin(self, resume: bool) -> None:
+        """Goes on from ``last.pt``, if it is there.
+
+        Raises:
+            ValueError: if it is there and ``resume`` is not given, or if it is of another network, recipe or data
+                set; if the processes are at different steps.
+        """
+        if self.last.exists():
+            if not resume:
+                raise ValueError(f"{self.folder} holds a run already: resume it, or choose another folder")
+            self._restore()
+        if self.ranks > 1:
+            steps = [self.step] * self.ranks
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise ValueError(
+                    f"{self.last} must be in a folder that all processes share; they are at the steps {steps}"
+                )
+
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(self.last)
+        states = self.learner._asdict()
+        if not self.facts.keys() | states.keys() <= checkpoint.keys():
+            raise ValueError(f"{self.last} must be a run's last checkpoint; it has only {', '.join(checkpoint)}")
+        for name, value in _settings(self.facts).items():
+            theirs = _settings(checkpoint).get(name)
+            if name != "workers" and theirs != value:
+                raise ValueError(f"{self.last} is of a run with {name} = {theirs}; got {name} = {value}")
+        for name, part in states.items():
+            part.load_state_dict(checkpoint[name])
+        self.step, self.history = checkpoint["step"], checkpoint["history"]
+
+    @contextmanager
+    def shown(self, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
+        """Yields the batches with a progress bar. TensorBoard's events are written while the context is open."""
+        writer = SummaryWriter(self.folder, purge_step=self.step + 1) if self.rank == 0 else nullcontext()
+        shape = {"total": self.recipe.steps, "initial": self.step, "unit": "step"}
+        with writer as self.writer, tqdm(batches, "training", **shape, disable=self.rank > 0 or None) as self.bar:
+            yield self.bar
+
+    def is_due(self) -> bool:
+        """Whether an evaluation belongs to this step."""
+        return self.step > 0 and (self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.steps)
+
+    def note(self, loss: Tensor) -> None:
+        """Counts a step, and shows its loss and the learning rate now and then.
+
+        Raises:
+            ValueError: if the loss is shown and not finite.
+        """
+        self.step += 1
+        if not self.writer or self.step % SCALARS_EVERY:
+            return
+        scalars = {"loss": loss.item(), "lr": self.learner.scheduler.get_last_lr()[0]}
+        if not math.isfinite(scalars["loss"]):
+            raise ValueError(
+                f"the loss of step {self.step} is {scalars['loss']}: try a smaller lr than {self.recipe.lr}"
+            )
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
+
+    def validate(self) -> None:
+        """Evaluates the network, saves it as the best if no evaluation before was as good, and saves the run."""
+        model = self.learner.model
+        if self.ranks > 1:
+            share_buffers(model)
+        iou = evaluate(model, self.val_set, next(model.parameters()).device)
+        self.history[self.step] = iou.tolist()
+        *before, now = map(mean_iou, self.history.values())
+        if not before or now > max(before):
+            self.save(self.best)
+        self.save(self.last)  # after the best: a run that dies in between evaluates again
+        if self.writer:
+            self.bar.write(f"step {self.step}: mIoU {100 * now:.2f}")
+            show_evaluation(self.writer, model, self.val_set, iou, self.step)
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint. Raises ValueError if a weight is not finite."""
+        if not all(parameter.isfinite().all() for parameter in self.learner.model.parameters()):
+            raise ValueError(f"the weights are not finite at step {self.step}: try a smaller lr than {self.recipe.lr}")
+        if self.rank == 0:
+            states = {name: part.state_dict() for name, part in self.learner._asdict().items()}
+            save_checkpoint({"step": self.step, "history": self.history, **self.facts, **states}, path)
+
+
+def _settings(facts: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must have in common, by name."""
+    alike = {name: facts[name] for name in ("samples", "size", "transform", "names")}
+    return {**facts["recipe"], **(facts["network"] or {}), **alike}
+
+
+def show_evaluation(writer: SummaryWriter, model: nn.Module, val_set: Samples, iou: Tensor, step: int) -> None:
+    """Shows the IoU in TensorBoard, and the first image with its label, prediction and attention maps."""
+    writer.add_scalar("mIoU", mean_iou(iou), step)
+    for name, value in zip(val_set.names, iou.tolist(), strict=True):
+        writer.add_scalar(f"IoU/{name}", value, step)
+    writer.add_figure("segmentation", plot_segmentation(model, *val_set[0], val_set.names, val_set.colours), step)

@@ -1,0 +1,26 @@
+"""The sharded example on two processes: its differences, and the numbers that it sends."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from examples import sharded_attention
+from tests.ranks import run_on_ranks
+
+
+def run_the_example() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        sharded_attention.run(channels=8, height=9, width=16, bases=4, stages=3)
+    return text.getvalue()
+
+
+def test_the_example_prints_the_communication_beside_that_of_ring_attention(tmp_path: Path) -> None:
+    text, nothing = run_on_ranks(run_the_example, 2, tmp_path)
+    assert nothing == ""
+    differences = [float(number) for number in re.findall(r"\d\.\de[-+]\d+", text)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    assert f"3 forward, 3 backward, of {4 * (8 + 1) * 4} bytes" in text
+    keys_and_values, sums = 2 * 9 * 16 * 8 * 4 / 2, 3 * 4 * (8 + 1) * 4
+    assert f"{keys_and_values / sums:9.0f}x" in text
