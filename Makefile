@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-FLOOR_TESTS = em_attention ema_unit fast gradients maps precision stages tiled bad_input
 INSTALLED = $(VENV)/.installed
 
 .PHONY: help demo explorer train-quick test test-floor fuzz bench bench-quick report docs check format build clean
@@ -15,7 +14,7 @@ help:
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
 	@echo "make fuzz         10,000 random inputs"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
-	@echo "make report       costs, memory, growth and targets as a page with pictures (15 minutes)"
+	@echo "make report       costs, memory, growth and targets as a page with pictures (half an hour)"
 	@echo "make docs         the documentation into site/, with every link and snippet checked"
 	@echo "make check        formatting, lint, types"
 	@echo "make format       put the formatting right"
@@ -31,7 +30,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/attention_maps.py
+	$(BIN)/python -m examples.attention_maps
 	@echo
 	$(BIN)/python -m examples.emanet.forward
 	@echo
@@ -48,18 +47,17 @@ test: $(INSTALLED)
 
 # The library with the oldest PyTorch that pyproject.toml admits (Python 3.10 to 3.13 have a wheel of it).
 test-floor: $(VENV)-floor/.installed
-	PYTHONPATH=src:. $(VENV)-floor/bin/python -m pytest src/ema_attention/functional.py src/ema_attention/modules.py \
-		src/ema_attention/maps.py $(addprefix tests/test_,$(addsuffix .py,$(FLOOR_TESTS)))
+	PYTHONPATH=src $(VENV)-floor/bin/python -m pytest tests/library tests/look src
 
 $(VENV)-floor/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floor
-	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" numpy hypothesis pytest tqdm
+	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" matplotlib pillow numpy hypothesis pytest
 	@touch $@
 
 fuzz: $(INSTALLED)
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_bad_input.py -k no_input
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/library/test_bad_input.py -k no_input
 
-BENCH = $(BIN)/python -m pytest benchmarks/bench_blocks.py -v --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+BENCH = $(BIN)/python -m pytest benchmarks/costs/bench_blocks.py -v --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 bench: $(INSTALLED)
 	$(BENCH) --benchmark-autosave
@@ -68,12 +66,12 @@ bench-quick: $(INSTALLED)
 	$(BENCH) --quick
 
 report: $(INSTALLED)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.costs
 
 # Not with -q: that silences warnings, and --strict with them.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	$(BIN)/python -m pytest tests/test_documentation.py
+	$(BIN)/python -m pytest tests/docs
 	@echo "The site is in site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 check: $(INSTALLED)
