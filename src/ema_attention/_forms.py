@@ -1,15 +1,17 @@
 """Which form of a computation runs: the plain one, or one that saves time or memory. All give the same result.
 
-=========================== ===================================== ==============================================
-predicate                   plain form                            what the other one saves
-=========================== ===================================== ==============================================
-``folds_projection``        ``conv1`` is run                      the N×C projection and its N·C² products
-``has_one_product``         autograd through ``_steps.run``       2T - 1 of the N×C gradients of x that are summed
-``recomputes_activation``   autograd through ``conv2``            an N×C activation from forward to backward
-``folds_norm``              ``conv2`` is run                      every N×C tensor but the output
-=========================== ===================================== ==============================================
+=========================== ============================ ==================================================
+chosen by                   plain form                   what another form saves
+=========================== ============================ ==================================================
+``projection_form``         ``conv1`` is called          folded: the N×C projection and its N·C² products
+``has_one_product``         autograd through ``run``     2T - 1 of the N×C gradients of x that are summed
+``residual_form``           ``conv2`` is called          folded: every N×C tensor but the output;
+                                                         recomputed: an N×C activation held for backward
+``has_half_products``       products in float32          half precision is faster, and as good as it can be
+``takes_channels_last``     x as it lies in memory       a product for each sample
+=========================== ============================ ==================================================
 
-While a graph is traced (torch.compile, export) all forms but that of the projection are plain: compilers fuse them.
+While a graph is traced (torch.compile, export) a form cannot depend on a size, and compilers fuse the plain form.
 """
 
 from __future__ import annotations
@@ -17,10 +19,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
-from ema_attention._torch import autocasts, differentiates, is_patched, is_plain, is_tracing
+from ema_attention._layout import is_channels_last
+from ema_attention._torch import (
+    autocasts,
+    differentiates,
+    is_plain,
+    is_tracing,
+    multiplies_to_float32,
+)
+
+_FOLDS_FROM = 1.25
+_CHANNELS_LAST_BELOW = 128
+_SAVES_MEMORY_FROM = 512
 
 _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
 
@@ -47,43 +62,109 @@ def plain_form() -> Iterator[None]:
         _is_plain_form.reset(token)
 
 
+def takes_channels_last(x: Tensor) -> bool:
+    """Whether x (B, C, N) is copied so that the channels of a position lie next to each other in memory.
+
+    A CPU then multiplies all positions of a batch with a C×C matrix in one product. Of few positions a sample, the
+    products of one sample each take up to a third longer.
+    """
+    return _may_choose() and x.device.type == "cpu" and x.shape[2] < _CHANNELS_LAST_BELOW
+
+
+def projection_form(
+    conv1: nn.Module, x: Tensor, num_bases: int, stages: int
+) -> Literal["folded", "multiplied", "called"]:
+    """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, by a matrix product, by calling conv1.
+
+    Folding takes 2TK·C·C' multiply-accumulates a sample, the others N·C·C'.
+    """
+    if not _is_pointwise(conv1):
+        return "called"
+    if not _may_choose():
+        return "folded" if is_tracing() else "called"
+    if x.shape[2] > _FOLDS_FROM * 2 * stages * num_bases:
+        return "folded"
+    return "multiplied" if _multiplies_matrices(x) else "called"
+
+
+def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
+    """Whether EM on what autograd differentiates gathers the gradient of x (B, C, N) in one product."""
+    return differentiates(x, mu, projection) and _may_choose() and x.shape[2] >= _SAVES_MEMORY_FROM
+
+
+def residual_form(
+    conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor
+) -> Literal["folded", "recomputed", "multiplied", "called"]:
+    """How conv2 runs on relu(mu zᵀ), for x (B, C, N).
+
+    Folded: with the norm in the convolution's weights, in blocks of positions, where that norm is an affine map of each
+    channel, known beforehand, and nothing is differentiated. Recomputed: backward computes conv2's input again.
+    Multiplied: the convolution is a matrix product. Called: as any other module.
+    """
+    if not _may_choose() or not _is_as_made(conv2, x):
+        return "called"
+    if x.shape[2] < _SAVES_MEMORY_FROM:
+        return "multiplied" if _multiplies_matrices(x) else "called"
+    conv: Any
+    norm: Any
+    conv, norm = conv2
+    kind = nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d
+    if is_plain(norm, kind) and not norm.training:
+        parts = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if all(part is not None for part in parts) and not differentiates(x, mu, z, conv.weight, *parts[:2]):
+            return "folded"
+    return "recomputed"
+
+
+def adds_in_place(conv2: nn.Sequential) -> bool:
+    """Whether x is added to conv2's output in place: nobody, its backward included, looks at a BatchNorm's output."""
+    return is_plain(conv2, nn.Sequential) and is_plain(conv2[-1], nn.BatchNorm2d) and _may_choose()
+
+
+def has_half_products(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the products of x with bases and maps of ``dtype`` run in x's own dtype, half precision.
+
+    That is what half precision is fast at. But a sum over positions leaves the range of float16, unless the device
+    gives the float32 that it is accumulated in.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or dtype != torch.float32:
+        return False
+    if not (is_tracing() or _may_choose()):
+        return False
+    return x.dtype == torch.bfloat16 or multiplies_to_float32(x)
+
+
 def _may_choose() -> bool:
     return not is_tracing() and not _is_plain_form.get()
 
 
-def folds_projection(conv1: nn.Module) -> bool:
-    """Whether EM takes conv1's weights into its bases, instead of conv1's output."""
-    if type(conv1).forward is not nn.Conv2d.forward or is_patched(conv1):
-        return False  # what it does is known to itself alone
-    return is_tracing() or _may_choose()
+def _multiplies_matrices(x: Tensor) -> bool:
+    """Whether a 1×1 convolution of x (B, C, N) is run as the matrix product that it is.
+
+    Where the channels of a position lie next to each other in memory, a CPU's convolution takes longer. On other
+    devices a convolution follows what users have set for convolutions, such as TF32.
+    """
+    return x.device.type == "cpu" and is_channels_last(x)
 
 
-def has_one_product(*tensors: Tensor | None) -> bool:
-    """Whether EM on what autograd differentiates gathers the gradient of x in one product."""
-    return _may_choose() and differentiates(*tensors)
-
-
-def recomputes_activation(conv2: nn.Module, x: Tensor) -> bool:
-    """Whether conv2 on x (B, C, N) is the 1×1 convolution and norm it was made of, to be run without its input."""
-    if not _may_choose() or autocasts(x.device) or not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
+def _is_as_made(conv2: nn.Module, x: Tensor) -> bool:
+    """Whether calling conv2 on x would run the 1×1 convolution and the norm it was made of, and nothing else."""
+    if not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
         return False
-    conv = conv2[0]
-    return (
-        is_plain(conv, nn.Conv2d)
-        and conv.bias is None
-        and conv.kernel_size == (1, 1)
-        and conv.groups == 1
-        and all(t.dtype == x.dtype for t in (*conv2.parameters(), *conv2.buffers()) if t.is_floating_point())
+    conv, norm = conv2
+    if not _is_pointwise(conv) or conv.bias is not None:
+        return False
+    return autocasts(x.device) or all(
+        p is None or p.dtype == x.dtype for p in (conv.weight, norm._parameters.get("weight"))
     )
 
 
-def folds_norm(conv2: nn.Module, x: Tensor, mu: Tensor, z: Tensor) -> bool:
-    """Whether conv2's norm is an affine map of each channel, known beforehand, and nothing is differentiated."""
-    if not recomputes_activation(conv2, x) or differentiates(x, mu, z, *conv2.parameters()):
-        return False
-    assert isinstance(conv2, nn.Sequential)  # for the type checker, which does not see through the line above
-    norm = conv2[1]
-    kind = nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d
-    if not is_plain(norm, kind) or norm.training:
-        return False
-    return all(t is not None for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether calling ``conv`` would run a 1×1 convolution and nothing else."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "same", "valid")
+        and conv.groups == 1
+    )

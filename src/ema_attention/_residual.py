@@ -5,55 +5,77 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema_attention._blocks import by_blocks, position_blocks
-from ema_attention._forms import folds_norm, recomputes_activation
-from ema_attention._layout import is_channels_last
+from ema_attention._forms import adds_in_place, residual_form
+from ema_attention._layout import convolve, is_channels_last
 from ema_attention._steps import reconstruct
-from ema_attention._torch import insert_row_dimension, is_plain, mend_gradient_of_one_sample
+from ema_attention._torch import (
+    at_least_float32,
+    autocast_dtype,
+    insert_row_dimension,
+    mend_gradient_of_one_sample,
+    without_autocast,
+)
 
 
 def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu: bool) -> Tensor:
     """Computes x + conv2(relu(mu zᵀ)), then ReLU, of x (B, C, N), bases mu (B, C', K) and maps z (B, N, K)."""
-    if folds_norm(conv2, x, mu, z):
-        return inference_tail(x, mu.to(x.dtype), z.to(x.dtype), *_folded(conv2), final_relu)
-    image = insert_row_dimension(x)
-    if recomputes_activation(conv2, x):
-        conv: Any = conv2[0]
-        norm = conv2[1]
-        y: Tensor = norm(insert_row_dimension(reconstruct_conv(mu, z, conv.weight.flatten(1), like=x)))
-        if is_plain(norm, nn.BatchNorm2d):
-            y += image  # in place: nobody, its backward included, looks at its output
-        else:
-            y = y + image
+    z = z.to(autocast_dtype(x))
+    mu = mu.to(z.dtype)
+    conv: Any
+    form = residual_form(conv2, x, mu, z)
+    if form == "folded":
+        with without_autocast(x.device):
+            return inference_tail(x, mu, z, *fold_norm(conv2), final_relu)
+    if form == "called":
+        y: Tensor = conv2(insert_row_dimension(reconstruct(mu, z, like=x).relu_()))
     else:
-        y = image + conv2(insert_row_dimension(F.relu(reconstruct(mu, z, like=x))))
+        conv, norm = conv2
+        weight = conv.weight.flatten(1)
+        if form == "recomputed":
+            y = reconstruct_conv(mu, z, weight.to(z.dtype), like=x)
+        else:
+            y = convolve(weight, reconstruct(mu, z, like=x).relu_())
+        y = norm(insert_row_dimension(y))
+    image = insert_row_dimension(x)
+    # in place where nobody, its backward included, looks at the norm's output
+    y = y.add_(image) if adds_in_place(conv2) and y.dtype == x.dtype else y + image
     y = (y.relu_() if final_relu else y).squeeze(2)
     mend_gradient_of_one_sample(y)
     return y
 
 
-def _folded(conv2: nn.Sequential) -> tuple[Tensor, Tensor]:
-    """Weight (C, C') and shift (C, 1) of conv2 with its norm folded into the convolution."""
-    norm: Any = conv2[1]
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = (norm.bias - norm.running_mean * gain)[:, None]
-    weight: Any = conv2[0].weight
-    return gain[:, None] * weight.flatten(1), shift
+def fold_norm(conv2: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Weight (C, C') and shift (C, 1) of conv2 with its norm folded into the convolution, float32 or wider."""
+    conv: Any
+    norm: Any
+    conv, norm = conv2
+    dtype = at_least_float32(conv.weight.dtype)
+    norm_weight, bias, mean, variance = (
+        parameter.to(dtype) for parameter in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    gain = norm_weight * (variance + norm.eps).rsqrt()
+    shift = torch.addcmul(bias, mean, gain, value=-1)
+    return gain[:, None] * conv.weight.flatten(1), shift[:, None]
 
 
 def inference_tail(x: Tensor, mu: Tensor, z: Tensor, weight: Tensor, shift: Tensor, final_relu: bool) -> Tensor:
-    """Computes x + weight · relu(mu zᵀ) + shift (B, C, N), then ReLU. Nothing N×C is written but the result."""
+    """Computes x + weight · relu(mu zᵀ) + shift (B, C, N), then ReLU. Nothing N×C is written but the result.
+
+    The products are in the dtype of mu and z, the sum in what x and they are promoted to.
+    """
+    weight = weight.to(z.dtype)
+    shift = shift.to(torch.promote_types(x.dtype, z.dtype))
 
     def block(x: Tensor, z: Tensor) -> Tensor:
-        result = _conv(weight, reconstruct(mu, z.mT, like=x).relu_())
-        result += x
+        result = convolve(weight, reconstruct(mu, z.mT, like=x).relu_())
+        result = result.add_(x) if result.dtype == shift.dtype else result + x
         result += shift
         return result.relu_() if final_relu else result
 
-    return by_blocks(block, x, z.mT, result=lambda: _empty_like(x, weight))
+    return by_blocks(block, x, z.mT, result=lambda: _empty_like(x, weight, shift.dtype))
 
 
 def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -61,7 +83,7 @@ def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Ten
 
     The (B, C', N) activation between them is not kept for backward, but computed again there.
     """
-    y: Tensor = _ReconstructConv.apply(mu.to(like.dtype), z.to(like.dtype), weight, like.detach())
+    y: Tensor = _ReconstructConv.apply(mu, z, weight, like.detach())
     return y
 
 
@@ -71,9 +93,10 @@ class _ReconstructConv(torch.autograd.Function):
     @staticmethod
     def forward(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         def block(like: Tensor, z: Tensor) -> Tensor:
-            return _conv(weight, reconstruct(mu, z.mT, like).relu_())
+            return convolve(weight, reconstruct(mu, z.mT, like).relu_())
 
-        return by_blocks(block, like, z.mT, result=lambda: _empty_like(like, weight))
+        with without_autocast(z.device):
+            return by_blocks(block, like, z.mT, result=lambda: _empty_like(like, weight, weight.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,25 +106,22 @@ class _ReconstructConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mu, z, weight = ctx.saved_tensors
-        grad_weight, grad_mu, grad_z = torch.zeros_like(weight), torch.zeros_like(mu), []
-        for grad_block, z_block in position_blocks(grad, z.mT):
-            rectified = reconstruct(mu, z_block.mT, like=grad_block).relu()
-            if ctx.needs_input_grad[2]:
-                grad_weight = grad_weight + (grad_block @ rectified.mT).sum(0)
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_rectified = _conv(weight.mT, grad_block) * rectified.sign()
-                grad_mu = grad_mu + grad_rectified @ z_block.mT
-                grad_z.append(grad_rectified.mT @ mu)
-        return grad_mu, torch.cat(grad_z, 1) if grad_z else None, grad_weight, None
+        dtype = at_least_float32(weight.dtype)  # of the sums over blocks
+        grad_weight, grad_mu, grad_z = torch.zeros_like(weight, dtype=dtype), torch.zeros_like(mu, dtype=dtype), []
+        with without_autocast(z.device):
+            for grad_block, z_block in position_blocks(grad, z.mT):
+                rectified = reconstruct(mu, z_block.mT, like=grad_block).relu()
+                if ctx.needs_input_grad[2]:
+                    grad_weight = grad_weight + (grad_block @ rectified.mT).sum(0, dtype=dtype)
+                if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+                    grad_rectified = convolve(weight.mT, grad_block) * rectified.sign()
+                    grad_mu = grad_mu + grad_rectified @ z_block.mT
+                    grad_z.append(grad_rectified.mT @ mu)
+        return grad_mu.to(mu.dtype), torch.cat(grad_z, 1) if grad_z else None, grad_weight.to(weight.dtype), None
 
 
-def _empty_like(x: Tensor, weight: Tensor) -> Tensor:
-    """Memory for ``_conv(weight, …)`` laid out as x (B, C, N); of ``weight``, for vmap to see what it maps over."""
-    return weight.new_empty(x.mT.shape).mT if is_channels_last(x) else weight.new_empty(x.shape)
-
-
-def _conv(weight: Tensor, x: Tensor) -> Tensor:
-    """The product weight (C, C') · x (B, C', N), in the memory layout of x."""
-    if is_channels_last(x):
-        return (x.mT @ weight.mT).mT
-    return torch.bmm(weight.expand(len(x), -1, -1), x)
+def _empty_like(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory laid out as x (B, C, N); made from ``weight``, for vmap to see that it maps over it."""
+    shape = x.mT.shape if is_channels_last(x) else x.shape
+    result = weight.new_empty(shape, dtype=dtype)
+    return result.mT if is_channels_last(x) else result

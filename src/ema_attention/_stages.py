@@ -17,20 +17,21 @@ from ema_attention._blocks import by_blocks
 from ema_attention._layout import is_channels_last
 from ema_attention._steps import (
     Problem,
+    compare,
     expectation_backward,
     maximization,
     project,
     reconstruct,
     run,
-    statistics,
+    sum_over_positions,
 )
-from ema_attention._torch import vjp
+from ema_attention._torch import vjp, without_autocast
 
 
 def run_with_one_product(problem: Problem, mu: Tensor, stages: int) -> tuple[Tensor, Tensor]:
     """The bases (B, C', K) and maps (B, N, K) of the last stage of ``_steps.run``."""
     x, absent, projection, scale = problem
-    *_, mu, z, _ = _Stages.apply(x, mu, projection, absent, scale, stages)
+    *_, mu, z, _ = _Stages.apply(x, mu.expand(len(x), -1, -1), projection, absent, scale, stages)
     return mu, z
 
 
@@ -47,7 +48,9 @@ class _Stages(torch.autograd.Function):
     def forward(
         x: Tensor, mu: Tensor, projection: Tensor | None, absent: Tensor | None, scale: float, stages: int
     ) -> tuple[Tensor, ...]:
-        return tuple(tensor for stage in run(Problem(x, absent, projection, scale), mu, stages) for tensor in stage)
+        problem = Problem(x, absent, projection, scale)
+        # a copy of the sums is what the M-step may overwrite
+        return tuple(tensor for stage in run(problem, mu, stages, gather=torch.clone) for tensor in stage)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -58,29 +61,39 @@ class _Stages(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mu, projection, *history = ctx.saved_tensors
-        problem = Problem(x.to(mu.dtype), None, projection, ctx.scale)
-        grad_mu, grad_projection = torch.zeros_like(mu), None
-        of_x: list[tuple[Tensor, Tensor]] = []  # the gradient of x is the sum of their products, left · rightᵀ
-        for t in reversed(range(0, len(history), 3)):
-            _, z, sums = history[t : t + 3]
-            before = history[t - 3] if t else mu
-            # M-step: mu = maximization(sums, before), sums = statistics(z)
-            grad_projection, (grad_sums, grad_before) = _pull(
-                maximization, problem, (sums, before), _add(grad_mu, grads[t]), grad_projection
-            )
-            grad_sums = _add(grad_sums, grads[t + 2])
-            grad_z = _add(torch.baddbmm(grad_sums[:, -1:], problem.x.mT, grad_sums[:, :-1]), grads[t + 1])
-            of_x.append((grad_sums[:, :-1], z))
-            # E-step: z = softmax(logits), logits = [x; 1]ᵀ bases, bases = project(before)
-            grad_logits = expectation_backward(z, grad_z)
-            bases = project(problem, before)
-            grad_bases = statistics(problem, grad_logits)[:, : bases.shape[1]]
-            grad_projection, (grad_mu,) = _pull(project, problem, (before,), grad_bases, grad_projection)
-            grad_mu = grad_mu + grad_before
-            of_x.append((bases[:, : x.shape[1]], grad_logits))
-        left, right = (torch.cat(factors, -1) for factors in zip(*of_x, strict=True))
-        grad_x = _product(left, right, like=problem.x).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_mu, grad_projection, None, None, None
+        with without_autocast(x.device):
+            return _backward(ctx, Problem(x, None, projection, ctx.scale), mu, history, grads)
+
+
+def _backward(
+    ctx: Any, problem: Problem, mu: Tensor, history: list[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    x = problem.x
+    if x.dtype == torch.float16:  # which the gradients of sums over many positions are too small for
+        problem = problem._replace(x=x.float())
+    grad_mu, grad_projection = torch.zeros_like(mu), None
+    of_x: list[tuple[Tensor, Tensor]] = []  # the gradient of x is the sum of their products, left · rightᵀ
+    for t in reversed(range(0, len(history), 3)):
+        _, z, sums = history[t : t + 3]
+        before = history[t - 3] if t else mu
+        z = z.to(mu.dtype)
+        # M-step: mu = maximization(sums, before), sums = [x; 1] z
+        grad_projection, (grad_sums, grad_before) = _pull(
+            maximization, problem, (sums, before), _add(grad_mu, grads[t]), grad_projection
+        )
+        grad_sums = _add(grad_sums, grads[t + 2])
+        grad_z = compare(problem, grad_sums).to(mu.dtype)
+        of_x.append((grad_sums[:, : x.shape[1]], z))
+        # E-step: z = softmax(logits), logits = [x; 1]ᵀ bases, bases = project(before)
+        grad_logits = expectation_backward(z, _add(grad_z, grads[t + 1]))
+        bases = project(problem, before)
+        grad_bases = sum_over_positions(problem, grad_logits)
+        grad_projection, (grad_mu,) = _pull(project, problem, (before,), grad_bases, grad_projection)
+        grad_mu = grad_mu + grad_before
+        of_x.append((bases[:, : x.shape[1]], grad_logits))
+    left, right = (torch.cat(factors, -1) for factors in zip(*of_x, strict=True))
+    grad_x = _product(left, right, like=problem.x).to(x.dtype) if ctx.needs_input_grad[0] else None
+    return grad_x, grad_mu, grad_projection, None, None, None
 
 
 def _pull(

@@ -10,55 +10,63 @@ with y = x, or y = W x + b, which is never formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ema_attention._forms import has_half_products
 from ema_attention._layout import is_channels_last
-from ema_attention._torch import without_autocast
+from ema_attention._torch import (
+    at_least_float32,
+    is_known_true,
+    may_overwrite,
+    multiplies_to_float32,
+    without_autocast,
+)
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
-"""Completes the sums of the positions held here with those of positions held elsewhere."""
+"""Makes of the sums of the positions held here what the M-step gets, which may overwrite it."""
 
 
 class Problem(NamedTuple):
     """What the bases are to explain: y at the positions that take part."""
 
     x: Tensor
-    """(B, C, N), 0 where a position does not take part."""
+    """(B, C, N), 0 where a position does not take part; in the dtype that the products over positions run in."""
     absent: Tensor | None
     """(B, N, 1), True where a position does not take part."""
     projection: Tensor | None
-    """[W | b], (C', C + 1), of y = W x + b."""
+    """[W | b], (C', C + 1), of y = W x + b; float32 or wider."""
     scale: float
 
     def detach(self) -> Problem:
         """The same with nothing to differentiate."""
-        return self._replace(
-            x=self.x.detach(), projection=None if self.projection is None else self.projection.detach()
-        )
+        projection = None if self.projection is None else self.projection.detach()
+        return Problem(self.x.detach(), self.absent, projection, self.scale)
 
 
 def pose(
     x: Tensor, mu: Tensor, scale: float, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Problem, Tensor]:
-    """The problem of x (B, C, N) and mask (B, N), and the bases mu to start from as (B, C', K).
+    """The problem of x (B, C, N) and mask (B, N), and the bases mu to start from as (1, C', K) or (B, C', K).
 
-    The bases and the projection are float32 or wider.
+    The bases and the projection are float32 or wider. So is x, unless products in its own dtype are faster and as
+    good as the plain form's: see :func:`has_half_products`.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, mu.dtype), torch.float32)
+    dtype = at_least_float32(x.dtype, mu.dtype)
     absent = None if mask is None else ~mask[..., None]
     if absent is not None:
         x = x.masked_fill(absent.mT, 0.0)  # NaN · 0 would leak out of a padded position
+    if not has_half_products(x, dtype):
+        x = x.to(dtype)
     projection = None
     if weight is not None:
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         projection = torch.cat([weight.to(dtype), bias.to(dtype)[:, None]], 1)
-    mu = (mu if mu.dim() == 3 else mu[None]).to(dtype).expand(x.shape[0], -1, -1)
-    return Problem(x, absent, projection, scale), mu
+    return Problem(x, absent, projection, scale), (mu if mu.dim() == 3 else mu[None]).to(dtype)
 
 
 class Stage(NamedTuple):
@@ -73,20 +81,17 @@ class Stage(NamedTuple):
 
 
 def run(problem: Problem, mu: Tensor, stages: int, gather: Gather | None = None) -> Iterator[Stage]:
-    """EM: so many stages on ``problem`` from bases mu (B, C', K)."""
-    problem = problem._replace(x=problem.x.to(mu.dtype))
+    """EM: so many stages on ``problem`` from bases mu (1 or B, C', K)."""
     for _ in range(stages):
         z = expectation(problem, mu)
-        sums = statistics(problem, z)
-        if gather is not None:
-            sums = gather(sums)
-        mu = maximization(problem, sums, mu)
+        sums = sum_over_positions(problem, z) if gather is None else statistics(problem, z)
+        mu = maximization(problem, sums if gather is None else gather(sums), mu)
         yield Stage(mu, z, sums)
 
 
 def expectation(problem: Problem, mu: Tensor) -> Tensor:
-    """E-step: the maps z (B, N, K) for bases mu (B, C', K)."""
-    z = logits(problem, mu).softmax(-1)
+    """E-step: the maps z (B, N, K), in x's dtype, for bases mu (1 or B, C', K)."""
+    z = logits(problem, mu).softmax(-1).to(problem.x.dtype)  # the softmax is float32 inside, whatever the dtypes
     return z if problem.absent is None else z.masked_fill(problem.absent, 0.0)
 
 
@@ -98,10 +103,7 @@ def expectation_backward(z: Tensor, grad: Tensor) -> Tensor:
 
 def logits(problem: Problem, mu: Tensor) -> Tensor:
     """The products scale · yᵀ mu (B, N, K)."""
-    bases = project(problem, mu)
-    if problem.projection is None:
-        return problem.x.mT @ bases
-    return torch.baddbmm(bases[:, -1:], problem.x.mT, bases[:, :-1])
+    return compare(problem, project(problem, mu))
 
 
 def project(problem: Problem, mu: Tensor) -> Tensor:
@@ -109,37 +111,82 @@ def project(problem: Problem, mu: Tensor) -> Tensor:
 
     yᵀ mu = xᵀ (Wᵀ mu) + bᵀ mu: where there is a projection, bᵀ mu is one row more, the last.
     """
-    bases = problem.scale * mu
+    bases = mu if problem.scale == 1 else problem.scale * mu
     return bases if problem.projection is None else problem.projection.mT @ bases
 
 
-def statistics(problem: Problem, z: Tensor) -> Tensor:
-    """What the M-step needs of the positions, (B, C + 1, K): Σ_n x_n z_n and, in the last row, Σ_n z_n.
+def compare(problem: Problem, bases: Tensor) -> Tensor:
+    """Computes xᵀ bases (B, N, K) of bases (1 or B, C, K), or [x; 1]ᵀ bases of bases (1 or B, C + 1, K)."""
+    channels = problem.x.shape[1]
+    plus = bases[:, channels:] if bases.shape[1] > channels else None
+    return product(problem.x.mT, bases[:, :channels], plus)
 
-    They add up over any split of the positions into tiles or ranks.
+
+def sum_over_positions(problem: Problem, z: Tensor) -> Tensor:
+    """Computes x z (B, C, K), or [x; 1] z (B, C + 1, K) where there is a projection; float32 or wider."""
+    if problem.projection is not None:
+        return statistics(problem, z)
+    return product(problem.x, z).to(at_least_float32(z.dtype))
+
+
+def statistics(problem: Problem, z: Tensor) -> Tensor:
+    """Computes [x; 1] z (B, C + 1, K), float32 or wider: Σ_n x_n z_n and, in the last row, Σ_n z_n.
+
+    It is all that the M-step needs of the positions, and adds up over any split of them into tiles or ranks.
     """
-    return torch.cat([problem.x @ z, z.sum(1, keepdim=True)], 1)
+    dtype = at_least_float32(z.dtype)
+    return torch.cat([product(problem.x, z).to(dtype), z.sum(1, keepdim=True, dtype=dtype)], 1)
 
 
 def maximization(problem: Problem, sums: Tensor, mu: Tensor) -> Tensor:
-    """M-step: the bases (B, C', K) from the :func:`statistics`; ``mu`` are the bases before it."""
+    """M-step: the bases (B, C', K) from the sums over positions, which it may overwrite; ``mu`` are those before."""
     if problem.projection is None:
-        return unit_norm(sums[:, :-1], fallback=mu)
+        return unit_norm(sums[:, : mu.shape[1]], fallback=mu)
     return unit_norm(problem.projection @ sums, fallback=mu)  # Σ y z = W (Σ x z) + b (Σ z)
 
 
 def unit_norm(direction: Tensor, fallback: Tensor) -> Tensor:
-    """Each column of ``direction`` (..., C, K) to unit L2 norm; of ``fallback`` where it is zero or not finite."""
-    peak = direction.detach().abs().amax(-2, keepdim=True)
-    defined = (peak >= torch.finfo(peak.dtype).tiny) & peak.isfinite()
-    direction = torch.where(defined, direction, fallback)
+    """Each column of ``direction`` (..., C, K) to unit L2 norm; of ``fallback`` where it is zero or not finite.
+
+    ``direction`` is overwritten where nothing is differentiated: a new tensor costs more than what is written to it.
+    """
+    limits = torch.finfo(direction.dtype)
     # The squares of a norm over- and underflow long before the values do: bring the largest to 1 first.
-    peak = direction.detach().abs().amax(-2, keepdim=True).clamp_min(torch.finfo(peak.dtype).tiny)
-    return F.normalize(direction / peak, dim=-2)
+    peak = largest(direction.detach())
+    divisor = peak.clamp(limits.tiny, limits.max)
+    is_defined = peak == divisor  # which NaN is not
+    divide = torch.Tensor.div_ if may_overwrite(direction) else torch.Tensor.div
+    direction = divide(direction, divisor)
+    if not is_known_true(is_defined):
+        direction = torch.where(is_defined, direction, fallback)
+    return divide(direction, torch.linalg.vector_norm(direction, dim=-2, keepdim=True))
+
+
+def largest(direction: Tensor) -> Tensor:
+    """The largest absolute value (..., 1, K) of each column."""
+    if direction.device.type == "cpu":
+        return direction.abs().amax(-2, keepdim=True)  # there in 1/18 of the time of the norm
+    norm: Tensor = torch.linalg.vector_norm(direction, math.inf, dim=-2, keepdim=True)
+    return norm
+
+
+def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+    """The product a b (B, *, *) over channels or positions, in the dtype of a; and a row (1 or B, 1, *) to add to it.
+
+    Half precision is accumulated in float32, and the result comes in float32 where the device can give it.
+    """
+    b = b if b.dtype == a.dtype else b.to(a.dtype)
+    b = b.expand(a.shape[0], -1, -1)  # not len(a), which a trace takes for a constant
+    if multiplies_to_float32(a, b):
+        result: Tensor = torch.bmm(a, b, out_dtype=torch.float32)
+        return result if plus is None else result + plus
+    if a.dtype == torch.float16:  # whose range a sum over positions leaves
+        a, b = a.float(), b.float()
+    return torch.bmm(a, b) if plus is None else torch.baddbmm(plus.to(a.dtype), a, b)
 
 
 def reconstruct(mu: Tensor, z: Tensor, like: Tensor) -> Tensor:
-    """The product mu zᵀ (B, C', N) of mu (B, C', K) and z (B, N, K), in the dtype and memory layout of ``like``."""
-    mu, z = mu.to(like.dtype), z.to(like.dtype)
-    with without_autocast(like.device):
+    """The product mu zᵀ (B, C', N) of mu (B, C', K) and z (B, N, K), in z's dtype and the memory layout of ``like``."""
+    mu = mu.to(z.dtype)
+    with without_autocast(z.device):
         return (z @ mu.mT).mT if is_channels_last(like) else mu @ z.mT

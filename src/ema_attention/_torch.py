@@ -8,22 +8,23 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import vjp as _vjp
-from torch.utils.module_tracker import ModuleTracker
 
 vjp: Any = _vjp  # its annotation demands an auxiliary output that is not asked for here
 
+
+HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 
 # Modes.
 
 
 def is_tracing() -> bool:
     """Whether the code that runs is being recorded (torch.compile, torch.export, torch.jit.trace)."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether autograd, running eagerly, will want a gradient of one of these."""
-    if is_tracing() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_tracing():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -37,9 +38,47 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to a convolution of x, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+
+
+def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that these are promoted to, float32 at least; not by torch.promote_types, which is an operation."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def is_known_true(condition: Tensor) -> bool:
+    """Whether all of ``condition`` holds, where that can be asked without waiting for a device or ending a trace."""
+    if condition.device.type != "cpu" or not _is_only_data(condition) or torch._C._len_torch_dispatch_stack():
+        return False
+    return bool(condition.all())
+
+
+def may_overwrite(tensor: Tensor) -> bool:
+    """Whether an operation in place on a tensor of ours is seen by nobody: autograd, a trace or a transform."""
+    return _is_only_data(tensor) and not differentiates(tensor)
+
+
+def _is_only_data(tensor: Tensor) -> bool:
+    if is_tracing() or type(tensor) is not Tensor:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def multiplies_to_float32(*operands: Tensor) -> bool:
+    """Whether torch.bmm of half-precision operands can give its float32 accumulators: it has no derivative.
+
+    PyTorch 2.8 and newer, CUDA. Its baddbmm fails under compile (pytorch/pytorch#163880).
+    """
+    a = operands[0]
+    can = HAS_OUT_DTYPE and a.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16)
+    return can and not is_tracing() and not differentiates(*operands)
+
+
 def is_recomputing() -> bool:
     """Whether a forward runs inside a backward, as it does where activation checkpointing runs it again."""
-    return not is_tracing() and ModuleTracker().is_bw
+    return not is_tracing() and torch._C._current_graph_task_id() != -1
 
 
 # Modules that are more than their class.

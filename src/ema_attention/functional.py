@@ -126,4 +126,5 @@ def _run(problem: Problem, mu: Tensor, stages: int, gather: Gather | None) -> tu
 
 def reconstruction(x: Tensor, layout: Layout, mu: Tensor, z: Tensor) -> EMAttention:
     """The result for x (B, C, N), from bases (B, C', K) and maps (B, N, K)."""
-    return EMAttention(layout.restore(reconstruct(mu, z, like=x)), mu, layout.restore_maps(z.to(x.dtype).mT))
+    z = z.to(x.dtype)
+    return EMAttention(layout.restore(reconstruct(mu, z, like=x)), mu, layout.restore_maps(z.mT))

@@ -18,11 +18,11 @@ from ema_attention._checks import (
     check_unit_input,
     check_unit_settings,
 )
-from ema_attention._forms import folds_projection
-from ema_attention._layout import flatten
+from ema_attention._forms import projection_form, takes_channels_last
+from ema_attention._layout import Layout, convolve, flatten
 from ema_attention._residual import residual
 from ema_attention._steps import Problem, pose, unit_norm
-from ema_attention._torch import assign_to_buffer, insert_row_dimension, is_recomputing, is_tracing
+from ema_attention._torch import assign_to_buffer, autocast_dtype, insert_row_dimension, is_recomputing, is_tracing
 from ema_attention.functional import expectation_maximization
 
 __all__ = ["EMAUnit"]
@@ -157,7 +157,7 @@ class EMAUnit(nn.Module):
         BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
         """
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
-        positions, layout = flatten(x, self.channel_dim)  # (B, C, N)
+        positions, layout = self._positions(x)  # (B, C, N)
         problem, start = self._pose(positions, self._starting_bases(), mask)
         mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
         y = residual(positions, mu, z, self.conv2, self.final_relu)
@@ -166,9 +166,13 @@ class EMAUnit(nn.Module):
         self._hand_out(layout.restore_maps(z.detach().mT))
         return layout.restore(y)
 
+    def _positions(self, x: Tensor) -> tuple[Tensor, Layout]:
+        positions, layout = flatten(x, self.channel_dim)
+        return (positions.mT.contiguous().mT if takes_channels_last(positions) else positions), layout
+
     @property
     def _dtype(self) -> torch.dtype:
-        return [*self.conv1.parameters(), self.mu][0].dtype
+        return next(self.conv1.parameters(), self.mu).dtype
 
     def _starting_bases(self) -> Tensor:
         """The bases that EM starts from: the unit's, or where a forward is run again those that it started from."""
@@ -180,27 +184,27 @@ class EMAUnit(nn.Module):
 
     def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
+        x = x.to(autocast_dtype(x))
         mask = None if mask is None else mask.flatten(1)
-        if folds_projection(self.conv1):
+        form = projection_form(self.conv1, x, self.num_bases, self.stages)
+        if form == "folded":
             return pose(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
-        return pose(self.conv1(insert_row_dimension(x)).squeeze(2), mu, self.scale, mask, None, None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
+            if form == "multiplied":
+                y = convolve(self.conv1.weight.flatten(1), x, self.conv1.bias)
+            else:
+                y = self.conv1(insert_row_dimension(x)).squeeze(2)
+        return pose(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()
     def _move_bases(self, mu: Tensor, z: Tensor) -> None:
         """One step of the moving average towards the bases mu (B, C', K) that EM found; none where it runs again."""
         if is_recomputing():
             return
-        is_finite = z.sum().isfinite()  # x that is not finite anywhere shows in the maps
-        total = torch.where(is_finite, mu.sum(0), 0.0)
-        count = torch.where(is_finite, float(len(mu)), 0.0).to(mu.dtype)
-        if dist.is_available() and dist.is_initialized():
-            pooled = torch.cat([total.flatten(), count[None]])
-            dist.all_reduce(pooled)
-            total, count = pooled[:-1].view_as(total), pooled[-1]
-        average = total / count.clamp_min(1)
         old = self.mu.to(mu.dtype)
-        moved = unit_norm(self.decay * old + (1 - self.decay) * average, fallback=old)
-        assign_to_buffer(self, "mu", torch.where(count > 0, moved, old).to(self.mu.dtype))
+        average = _average_over_batch(mu, z)
+        moved = unit_norm(torch.lerp(old, average, 1 - self.decay), fallback=old)
+        assign_to_buffer(self, "mu", torch.where(average.isnan(), old, moved).to(self.mu.dtype))
 
     def _hand_out(self, z: Tensor) -> None:
         """Gives the maps to whoever collects them; see :func:`collect_attention_maps`."""
@@ -217,3 +221,16 @@ class EMAUnit(nn.Module):
             f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
             f"channel_dim={self.channel_dim}"
         )
+
+
+def _average_over_batch(mu: Tensor, z: Tensor) -> Tensor:
+    """The average (1, C', K) of the bases mu (B, C', K) over the batch, of all ranks; NaN where no batch is finite."""
+    not_finite = z.sum(dtype=mu.dtype) * 0  # 0, or NaN: x that is not finite anywhere shows in the maps
+    if not (dist.is_available() and dist.is_initialized()):
+        return mu.mean(0, keepdim=True) + not_finite
+    is_finite = not_finite == 0
+    count = torch.where(is_finite, float(len(mu)), 0.0).to(mu.dtype)
+    total = torch.where(is_finite, mu.sum(0, keepdim=True), 0.0)
+    pooled = torch.cat([total.flatten(), count[None]])
+    dist.all_reduce(pooled)
+    return pooled[:-1].view_as(total) / pooled[-1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ema_attention._checks import check_arguments
 from ema_attention._layout import flatten
 from ema_attention._steps import Problem, expectation, maximization, pose, statistics
-from ema_attention._torch import without_autocast
+from ema_attention._torch import at_least_float32, without_autocast
 from ema_attention.functional import EMAttention, reconstruction
 
 __all__ = ["TiledEMAttention"]
@@ -91,7 +91,7 @@ class TiledEMAttention:
         weight, bias = (None if p is None else p.cpu() for p in (self._weight, self._bias))
         problem, _ = pose(self._sums, self._mu, self._scale, None, weight, bias)
         with without_autocast(self._mu.device):
-            self._mu_before, self._mu = self._mu, maximization(problem, self._sums, self._mu)
+            self._mu_before, self._mu = self._mu, maximization(problem, self._sums.clone(), self._mu)
         self._sums = None
 
     @torch.no_grad()
@@ -131,12 +131,12 @@ class TiledEMAttention:
 
     def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""
-        mu = mu.to(x.device, torch.promote_types(self._dtype, torch.float32))
+        mu = mu.to(x.device, at_least_float32(self._dtype))
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
         check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
         seen = self._mu if self._sums is None else self._sums  # whose batch size is that of the tiles so far
         if len(x) != len(seen) and (self._sums is not None or self._mu_before is not None):
             raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
         features, _ = flatten(x)
-        problem, mu = pose(features, mu, self._scale, None if mask is None else mask.flatten(1), weight, bias)
-        return problem._replace(x=problem.x.to(mu.dtype)), mu
+        positions = None if mask is None else mask.flatten(1)
+        return pose(features.to(at_least_float32(x.dtype, mu.dtype)), mu, self._scale, positions, weight, bias)

@@ -65,6 +65,7 @@ def em_stages(
 
 
 def _watch(problem: Problem, mu: Tensor, stages: int, layout: Layout) -> EMStages:
+    """Every stage from the bases mu, float32 or wider."""
     problem = problem._replace(x=problem.x.to(mu.dtype))
 
     def objective(mu: Tensor) -> Tensor:
@@ -124,5 +125,5 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
 
 
 def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
-    features, layout = flatten(x, unit.channel_dim)
-    return _watch(*unit._pose(features, unit.mu, mask), unit.stages, layout)
+    positions, layout = unit._positions(x)
+    return _watch(*unit._pose(positions, unit.mu, mask), unit.stages, layout)
