@@ -179,6 +179,8 @@ class Block(NamedTuple):
     """Multiply-accumulates of an eval forward of one sample, for C, H and W."""
     forward_of: str | None = None
     """The block that has the same forward. Only the gradients of the two differ."""
+    sizes: tuple[tuple[int, int], ...] = ((4, 5),)
+    """(H, W) where it is compared with its slow form and its formulas: one for each form that it runs in."""
 
 
 def _emau(channels: int) -> int:
@@ -189,7 +191,9 @@ def _emau_macs(c: int, h: int, w: int) -> int:
     return 2 * c**2 * h * w + (2 * STAGES + 1) * h * w * NUM_BASES * c
 
 
-def _folded_macs(c: int, h: int, w: int) -> int:
+def _unit_macs(c: int, h: int, w: int) -> int:
+    if h * w <= 1.25 * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
+        return _emau_macs(c, h, w)
     to_x_and_back = 2 * STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
     return _emau_macs(c, h, w) - c**2 * h * w + to_x_and_back
 
@@ -226,17 +230,22 @@ def _criss_cross_macs(c: int, h: int, w: int) -> int:
     return 2 * (5 * c**2 * n // 4 + n * (h + w) * (c // 8 + c))
 
 
+_UNIT_SIZES = ((4, 5), (23, 24))  # few positions, and enough for every form that saves time or memory
+
 BLOCKS: dict[str, Block] = {
     "EMAU as published": Block(
         partial(PublishedEMAU, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _emau_macs
     ),
-    "EMAUnit": Block(partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _folded_macs),
+    "EMAUnit": Block(
+        partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _unit_macs, sizes=_UNIT_SIZES
+    ),
     'EMAUnit, gradient="all"': Block(
         partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES, gradient="all"),
         partial(slow.emau, gradient="all"),
         _emau,
-        _folded_macs,
+        _unit_macs,
         forward_of="EMAUnit",
+        sizes=_UNIT_SIZES,
     ),
     "Non-local": Block(NonLocal, slow.non_local, _non_local, _non_local_macs),
     "Non-local, sub-sampled": Block(

@@ -32,9 +32,14 @@ def failure(block: Block, device: str = "cpu") -> str | None:
     """Why ``block`` must not be measured: its first difference from its slow form or its formulas, or None.
 
     Outputs in eval and training mode and the gradient of x, for random parameters and running statistics,
-    float32 against float64, to 1e-4 of the largest value.
+    float32 against float64, to 1e-4 of the largest value, at each of the block's ``sizes``.
     """
-    channels, height, width = 16, 4, 5
+    reasons = (_failure_at(block, height, width, device) for height, width in block.sizes)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _failure_at(block: Block, height: int, width: int, device: str) -> str | None:
+    channels = 16
     generator = torch.Generator().manual_seed(0)
     module = block.make(channels).to(device)
     with torch.no_grad():
@@ -80,7 +85,7 @@ def macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of a forward: half the FLOPs that torch.utils.flop_counter finds."""
     # Not every PyTorch counts the fused attention of a CPU; its products are counted one by one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(x)
+        module(x.detach())  # PyTorch 2.14 cannot count a module whose input is a view of what it differentiates
     return counter.get_total_flops() // 2
 
 

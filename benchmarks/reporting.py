@@ -16,10 +16,14 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, align, *rows)]
 
 
-def milliseconds(times: dict) -> str:
-    """Median [quartiles] of a :func:`benchmarks.measure.summary`."""
+SHORT = (1e-3, 1e-2, 1e-1)
+"""The ``limits`` of :func:`milliseconds` for times of which some are far below 10 ms."""
+
+
+def milliseconds(times: dict, limits: tuple[float, ...] = (1e-1,)) -> str:
+    """Median [quartiles] of a :func:`benchmarks.measure.summary`, a decimal for each of the limits that it is below."""
     low, high = times["quartiles"]
-    digits = 1 if times["median"] < 0.1 else 0
+    digits = sum(times["median"] < limit for limit in limits)
     return f"{1e3 * times['median']:,.{digits}f} [{1e3 * low:,.{digits}f}–{1e3 * high:,.{digits}f}]"
 
 

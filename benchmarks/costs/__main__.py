@@ -3,6 +3,7 @@
 ::
 
     python -m benchmarks.costs                          # measure, write benchmarks/results/<machine>/
+    python -m benchmarks.costs --only grid              # measure the cells of both units again, keep the rest
     python -m benchmarks.costs --render results.json    # write the same from numbers measured before
 """
 
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.costs.cost_plots import plot_costs, plot_growth
-from benchmarks.costs.cost_tables import markdown, readme_table
+from benchmarks.costs.cost_plots import plot_costs, plot_grid, plot_growth
+from benchmarks.costs.cost_tables import grid_markdown, markdown, readme_table
 from benchmarks.costs.growth import exponents
-from benchmarks.costs.measure_costs import measure_costs
-from benchmarks.costs.sizes import FULL, QUICK
+from benchmarks.costs.measure_costs import measure_costs, measure_grid_alone
+from benchmarks.costs.sizes import FULL, QUICK, Sizes
+from benchmarks.environment import machine
 from benchmarks.plot_style import png
 from benchmarks.reporting import RESULTS, update_readme
 from examples._common.files import written_whole
@@ -37,6 +39,9 @@ def write(results: dict, folder: Path) -> None:
         "costs.png": png(plot_costs(results["costs"])),
         "growth.png": png(plot_growth(results["growth"], results["sizes"]["growth_channels"])),
     }
+    if cells := results.get("grid", {}).get("cells"):
+        files["grid.md"] = (grid_markdown(results) + "\n").encode()
+        files["grid.png"] = png(plot_grid(cells))
     for name, content in files.items():
         with written_whole(folder / name) as file:
             file.write(content)
@@ -46,9 +51,23 @@ def folder_name(machine: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
+def measured_again(folder: Path, sizes: Sizes, device: str, command: str) -> dict:
+    """The results in ``folder``, with the grid measured anew.
+
+    Raises:
+        ValueError: if these results come from another machine.
+        OSError: if there are none.
+    """
+    results = json.loads((folder / "results.json").read_text())
+    if results["environment"]["machine"] != machine(device):
+        raise ValueError(f"{folder} must have results of {machine(device)}; got {results['environment']['machine']}")
+    results["grid"] = measure_grid_alone(sizes, device, command)
+    return results
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few and small sizes: two minutes")
+    parser.add_argument("--quick", action="store_true", help="few and small sizes: minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: PyTorch's)")
     parser.add_argument(
@@ -56,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results/<machine>")
     parser.add_argument("--render", type=Path, metavar="RESULTS.JSON", help="measure nothing, write from these numbers")
+    parser.add_argument(
+        "--only", choices=["grid"], help="measure this part alone, and put it into the results that the folder has"
+    )
     parser.add_argument("--readme", type=Path, help="also put the cost table into this file, between its markers")
     options = parser.parse_args(arguments)
     if options.threads is not None:
@@ -64,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device} needs a GPU, and PyTorch sees none")
+    if options.only and options.render:
+        parser.error("--only measures and --render does not: give one of them")
     try:
         if options.render:
             results = json.loads(options.render.read_text())
@@ -72,7 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
                 ["python", "-m", "benchmarks.costs", *(sys.argv[1:] if arguments is None else arguments)]
             )
             sizes = QUICK if options.quick else FULL
-            results = measure_costs(sizes, options.device, options.memory_limit * 1e9, command)
+            if options.only:
+                folder = options.output or RESULTS / folder_name(machine(options.device))
+                results = measured_again(folder, sizes, options.device, command)
+            else:
+                results = measure_costs(sizes, options.device, options.memory_limit * 1e9, command)
         folder = options.output or RESULTS / folder_name(results["environment"]["machine"])
         write(results, folder)
         if options.readme:

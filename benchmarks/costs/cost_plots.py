@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.blocks import BLOCKS
+from benchmarks.costs import grid
 from benchmarks.measure import MODES
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 UNIT = "EMAUnit"
+FARTHEST = 2.0
+"""A ratio of the grid, and its inverse, from which on the colour stays the same."""
 
 
 def _style(name: str) -> dict:
@@ -75,6 +82,46 @@ def plot_costs(tables: list[dict]) -> Figure:
         peak.set_xlabel(f"{MODES[1]}, peak memory beyond the input [MiB]")
         forward.set_title(f"input {tuple(table['shape'])}, {table['dtype']}", loc="left")
     return figure
+
+
+def plot_grid(cells: list[dict]) -> Figure:
+    """The ratio of each cell, as a colour and a number: a panel for each mode, white at 1.00."""
+    rows = list(dict.fromkeys((cell["precision"], grid.input_name(cell)) for cell in sorted(cells, key=_in_order)))
+    columns = sorted({(cell["side"], cell["batch"]) for cell in cells})
+    panels = {
+        mode if variant == "eager" else f"{mode}, {variant}": [cell for cell in group if cell["mode"] == mode]
+        for variant, group in grid.variants(cells).items()
+        for mode in grid.MODES
+    }
+    size = (4 + 0.62 * len(columns), len(panels) * (1.4 + 0.34 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    colours = colormaps["PuOr_r"].with_extremes(bad="#E4E4E4")
+    limit = math.log2(FARTHEST)
+    for axis, (title, panel) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        values = np.full((len(rows), len(columns)), np.nan)
+        for cell in panel:
+            place = rows.index((cell["precision"], grid.input_name(cell))), columns.index((cell["side"], cell["batch"]))
+            values[place] = grid.ratio(cell)
+        image = axis.imshow(np.log2(values), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            is_dark = abs(math.log2(value)) > 0.6 * limit if value > 0 else False
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if is_dark else "black")
+        axis.set_yticks(range(len(rows)), [", ".join(row) for row in rows])
+        axis.set_xticks(range(len(columns)), [f"{side}×{side}\n{batch}" for side, batch in columns])
+        axis.set(xlabel="positions H×W, and batch below", ylabel="precision, input")
+        axis.set_title(title, loc="left")
+    ticks = [1 / FARTHEST, 0.7, 0.85, 1, 1.2, 1.4, FARTHEST]
+    bar = figure.colorbar(image, ax=figure.axes, extend="both", ticks=np.log2(ticks), aspect=40)
+    bar.ax.set_yticklabels([f"{tick:.2f}" for tick in ticks])
+    bar.set_label("EMAUnit's time / the published unit's (below 1.00 EMAUnit is faster)")
+    figure.suptitle("A dash is a cell that is not measured.")
+    return figure
+
+
+def _in_order(cell: dict) -> tuple:
+    """Float32 first, then images before tokens, narrow before wide."""
+    return cell["precision"] != "float32", cell["precision"] == "bfloat16 autocast", cell["tokens"], cell["channels"]
 
 
 def _label(axis: Axes, values: list[float], ends: list[float]) -> None:

@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.costs import grid
 from benchmarks.costs.growth import exponents
+from benchmarks.costs.targets import grid_targets
 from benchmarks.measure import MODES
-from benchmarks.reporting import markdown_table, milliseconds
+from benchmarks.reporting import SHORT, markdown_table, milliseconds
+
+PAIR_HEADING = "EMAUnit compared with the published unit"
+PUBLISHED = "EMAU as published"
+IN_README = (PUBLISHED, "EMAUnit", 'EMAUnit, gradient="all"', "Non-local", "Non-local, fused attention")
+"""The blocks of the README's table."""
 
 
 def markdown(results: dict) -> str:
     """All of ``report.md``."""
-    env = results["environment"]
     lines = [
-        f"# Benchmarks: {env['machine']}",
+        f"# Benchmarks: {results['environment']['machine']}",
         "",
-        f"`{results['command']}`",
-        "",
-        " · ".join(
-            [
-                f"device {env['device']}",
-                f"threads {env['threads']}",
-                f"PyTorch {env['torch']}",
-                f"Python {env['python']}",
-                env["system"],
-                f"ema-attention {env['ema_attention']}",
-                f"commit {env['commit']}",
-                env["date"],
-            ]
-        ),
+        *measured_by(results),
         "",
         "How each number is taken: [benchmarks/README.md](../../README.md). Raw numbers: [results.json](results.json).",
         "",
     ]
     lines += [f"**Withheld: {name}**, because {reason}." for name, reason in results["withheld"].items()]
-    lines += ["## EMAUnit beside the published unit", "", *target_table(results["targets"]), ""]
+    lines += [f"## {PAIR_HEADING}", "", *target_table(_targets(results)), ""]
+    if "grid" in results:
+        lines += [f"## {PAIR_HEADING}, cell by cell", "", *grid_section(results), ""]
     for table in results["costs"]:
         lines += [f"## What each block costs, {table['shape']}, {table['dtype']}", "", *cost_table(table), ""]
+        lines += [sentence, ""] if (sentence := headline(table)) else []
     lines += ["![costs](costs.png)", "", "## The paper's table", "", *paper_table(results["paper"]), ""]
     lines += ["## Growth with the number of positions", "", "![growth](growth.png)", ""]
     for mode, grown in results["growth"].items():
         lines += [f"### {mode.capitalize()}, C = {results['sizes']['growth_channels']}", "", *growth_table(grown), ""]
     return "\n".join(lines)
+
+
+def measured_by(results: dict) -> list[str]:
+    """The command, and where and when it ran."""
+    env = results["environment"]
+    facts = [
+        f"device {env['device']}",
+        f"threads {env['threads']}",
+        f"PyTorch {env['torch']}",
+        f"Python {env['python']}",
+        env["system"],
+        f"ema-attention {env['ema_attention']}",
+        f"commit {env['commit']}",
+        env["date"],
+    ]
+    return [f"`{results['command']}`", "", " · ".join(facts)]
+
+
+def _targets(results: dict) -> list[dict] | dict:
+    """The rows of the targets, those of the grid among them."""
+    rows = results["targets"]
+    return rows if isinstance(rows, dict) else rows + grid_targets(results.get("grid", {}).get("cells", []))
 
 
 def target_table(rows: list[dict] | dict) -> list[str]:
@@ -50,12 +68,12 @@ def target_table(rows: list[dict] | dict) -> list[str]:
     cells = []
     for row in rows:
         if "beside" in row:
-            parts = [milliseconds(row["unit"]), milliseconds(row["beside"])]
+            parts = [milliseconds(row["unit"], SHORT), milliseconds(row["beside"], SHORT)]
         else:
             parts = ["", f"{row['published']:.2f}" if "published" in row else ""]
         verdict = "met" if row["value"] <= row["target"] else "**missed**"
         number = ".2f" if row["target"] >= 1e-3 else ".1e"
-        cells.append([row["quantity"], *parts, f"{row['value']:{number}}", f"≤ {row['target']:.3g}", verdict])
+        cells.append([row["quantity"], *parts, f"{row['value']:{number}}", f"≤ {row['target']:{number}}", verdict])
     met = sum(row["value"] <= row["target"] for row in rows)
     text = (
         "A / B is the ratio of the medians of calls measured in turns; the columns before it are A and B in ms, median "
@@ -148,14 +166,124 @@ def growth_table(grown: dict) -> list[str]:
     return [text, "", *markdown_table(head, rows)]
 
 
+def headline(table: dict) -> str | None:
+    """EMAUnit's time in a cost table, as a ratio of the published unit's."""
+    rows = table["blocks"]
+    if not {"EMAUnit", PUBLISHED} <= rows.keys():
+        return None
+    ratios = [rows["EMAUnit"][mode]["median"] / rows[PUBLISHED][mode]["median"] for mode in MODES]
+    return (
+        f"In this table a forward of EMAUnit takes {ratios[0]:.2f} of the published unit's time. "
+        f"A training step takes {ratios[1]:.2f}."
+    )
+
+
+def grid_section(results: dict) -> list[str]:
+    """The grid in words: its worst cell, its means, every cell above 1.00, and the picture."""
+    measured = results["grid"]
+    if "withheld" in measured:
+        return [f"**Withheld**, because of {measured['withheld']}."]
+    cells, lines = measured["cells"], [*grid_rule(measured), ""]
+    if _was_alone(results):
+        lines += ["These cells were measured by a command of their own:", "", *measured_by(measured), ""]
+    for variant, rows in grid.variants(cells).items():
+        worst, above, small = grid.worst(rows), grid.above_one(rows), grid.small_float32(rows)
+        small_mean = (
+            f" Of the {len(small)} in float32 up to 32×32: **{grid.geometric_mean(small):.2f}**." if small else ""
+        )
+        lines += [
+            f"**{len(rows)} cells, {variant}.**",
+            "",
+            f"- Worst cell: **{grid.ratio(worst):.2f}** ({grid.name(worst)}).",
+            f"- Geometric mean: **{grid.geometric_mean(rows):.2f}**.{small_mean}",
+            f"- Above 1.00: **{len(above)}** of {len(rows)} cells.",
+            "",
+        ]
+        if above:
+            lines += ["These are all cells above 1.00:", "", *grid_table(above), ""]
+    lines += ["![EMAUnit's time / the published unit's, for every cell](grid.png)", ""]
+    return [*lines, "The complete table: [grid.md](grid.md)."]
+
+
+def grid_rule(measured: dict) -> list[str]:
+    """What the ratios are, and which cells are left out."""
+    lines = [
+        "Each ratio is EMAUnit's median time / the published unit's. Below 1.00 EMAUnit is faster. Both have the same "
+        "weights. Their calls are measured in turns in one process. "
+        f"A cell is left out if its input, in float32, is larger than {measured['largest_input'] / 2**20:.0f} MiB. "
+        "Tokens are (B, N, C), with as many positions as the image has. EMAUnit gets `channel_dim=-1`. The published "
+        "unit gets the same tokens as (B, C, 1, N), and its output is turned back. "
+        'With `gradient="all"` the published unit is differentiated in all its stages, too. '
+        "Autocast: weights and input in float32, the forward under `torch.autocast`, the backward outside it."
+    ]
+    if measured["convolutions_in_tf32"]:
+        lines[0] += (
+            " On this GPU, float32 convolutions use TF32 and float32 products do not: PyTorch's defaults. "
+            "In the other tables convolutions do not use TF32."
+        )
+    return lines
+
+
+def _was_alone(results: dict) -> bool:
+    return results["grid"]["command"] != results["command"]
+
+
+def grid_table(rows: list[dict]) -> list[str]:
+    head = ["mode", "precision", "input", "H = W", "batch", "compiled", "EMAUnit, ms", "published, ms", "ratio"]
+    is_compiled = any(row["compiled"] for row in rows)
+    cells = []
+    for row in rows:
+        times = [milliseconds(row["unit"], SHORT), milliseconds(row["published"], SHORT), f"{grid.ratio(row):.2f}"]
+        compiled = ["yes" if row["compiled"] else ""] if is_compiled else []
+        words = [row["mode"], row["precision"], grid.input_name(row), str(row["side"]), str(row["batch"])]
+        cells.append([*words, *compiled, *times])
+    return markdown_table(head if is_compiled else [word for word in head if word != "compiled"], cells)
+
+
+def grid_markdown(results: dict) -> str:
+    """All of ``grid.md``."""
+    measured = results["grid"]
+    lines = [
+        f"# {PAIR_HEADING}, every cell: {measured['environment']['machine']}",
+        "",
+        *measured_by(measured),
+        "",
+        *grid_rule(measured),
+        "",
+        "Times: median [quartiles]. The summary: [report.md](report.md). Raw numbers: [results.json](results.json).",
+        "",
+        *grid_table(measured["cells"]),
+    ]
+    return "\n".join(lines)
+
+
 def readme_table(results: dict) -> str:
-    """The first cost table, and where it was measured."""
+    """Some rows and columns of the first cost table, and in a line below it what the grid shows."""
     env, table = results["environment"], results["costs"][0]
     caption = (
         f"{env['machine']}, threads {env['threads']}, {table['dtype']}, input {tuple(table['shape'])}, "
         f"PyTorch {env['torch']}; `{results['command']}`."
     )
-    return "\n".join([caption, *cost_table(table), ""])
+    text = (
+        "Times: median [quartiles]. Peak: of a forward, beyond the input. GMAC: 10⁹ multiply-accumulates of a forward."
+    )
+    cells = []
+    for name in IN_README:
+        if row := table["blocks"].get(name):
+            forward, step = (row[mode] for mode in MODES)
+            peak = f"{forward['peak'] / 2**20:.1f}"
+            cells.append([name, milliseconds(forward), milliseconds(step), peak, f"{row['macs'] / 1e9:.2f}"])
+    head = ["block", "forward, ms", "training step, ms", "peak forward, MiB", "GMAC"]
+    lines = [caption, text, "", *markdown_table(head, cells), ""]
+    rows = grid.variants(results.get("grid", {}).get("cells", [])).get("eager")
+    if rows and (sentence := headline(table)):
+        worst = grid.worst(rows)
+        lines += [
+            f"{sentence} Over {len(rows)} cells of size, batch, precision and mode, the geometric mean of this ratio "
+            f"is {grid.geometric_mean(rows):.2f}. The worst cell is {grid.ratio(worst):.2f} ({grid.name(worst)}).",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def _seconds(seconds: float) -> str:

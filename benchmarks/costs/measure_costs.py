@@ -7,9 +7,13 @@ from tqdm import tqdm
 
 from benchmarks.blocks import BLOCKS
 from benchmarks.costs import growth, paper_costs, targets
+from benchmarks.costs.grid import cells, measure_grid
 from benchmarks.costs.sizes import Sizes
+from benchmarks.costs.unit_pairs import wrong_units
 from benchmarks.environment import environment
 from benchmarks.measure import MODES, failure, held_for_backward, interleaved, memory, parameters, prepare, summary
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed} {postfix}"
 
 
 def measure_costs(sizes: Sizes, device: str, bytes_limit: float, command: str) -> dict:
@@ -19,7 +23,8 @@ def measure_costs(sizes: Sizes, device: str, bytes_limit: float, command: str) -
     blocks = [name for name in BLOCKS if name not in withheld]
     grown = {mode: [n for n in blocks if not (mode == "forward" and BLOCKS[n].forward_of)] for mode in MODES}
     steps = 2 + len(dtypes) * len(MODES) + sum(map(len, grown.values()))
-    with tqdm(total=steps, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed} {postfix}") as progress:
+    steps += len(cells(sizes.grid, device))
+    with tqdm(total=steps, bar_format=BAR) as progress:
 
         def say(what: str) -> None:
             progress.set_postfix_str(what)
@@ -28,12 +33,13 @@ def measure_costs(sizes: Sizes, device: str, bytes_limit: float, command: str) -
             "environment": environment(device),
             "command": command,
             "memory_limit": bytes_limit,
-            "sizes": sizes._asdict(),
+            "sizes": {**sizes._asdict(), "grid": sizes.grid._asdict()},
             "withheld": withheld,
         }
-        wrong = targets.wrong_units(device)
+        wrong = wrong_units(device)
         results["targets"] = {"withheld": wrong} if wrong else targets.measure_targets(sizes, device, say)
         progress.update()
+        results["grid"] = measure_grid(sizes.grid, device, progress, command)
         results["costs"] = []
         for dtype in dtypes:
             results["costs"].append(measure_blocks(blocks, sizes, dtype, device, progress))
@@ -77,3 +83,9 @@ def measure_blocks(blocks: list[str], sizes: Sizes, dtype: torch.dtype, device: 
     for name, module in modules.items():
         rows[name]["held"] = held_for_backward(module, sizes.table, dtype, device)
     return {"dtype": str(dtype).removeprefix("torch."), "shape": sizes.table, "blocks": rows}
+
+
+def measure_grid_alone(sizes: Sizes, device: str, command: str) -> dict:
+    """``grid`` of :func:`measure_costs`, without the rest."""
+    with tqdm(total=len(cells(sizes.grid, device)), bar_format=BAR) as progress:
+        return measure_grid(sizes.grid, device, progress, command)

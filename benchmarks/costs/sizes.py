@@ -1,6 +1,32 @@
-"""Every size that is measured: ``FULL``, and ``QUICK`` for a first impression in two minutes."""
+"""Every size that is measured: ``FULL``, and ``QUICK`` for a first impression in minutes."""
 
 from typing import NamedTuple
+
+MEBIBYTE = 2**20
+
+
+class Grid(NamedTuple):
+    """The cells where the two units are compared."""
+
+    sides: tuple[int, ...]
+    """H = W of images. Tokens are as many: N = H·W."""
+    batches: tuple[int, ...]
+    channels: tuple[int, ...]
+    """C of images."""
+    token_channels: tuple[int, ...]
+    """C of tokens."""
+    precisions: tuple[str, ...]
+    """Of ``unit_pairs.Precision``."""
+    seconds: float
+    """How long each cell is measured, at least."""
+    least: int = 5
+    """How many rounds each cell is measured, at least."""
+    largest_input: int = 64 * MEBIBYTE
+    """Bytes of x in float32; a cell with a larger one is left out."""
+    largest_input_on_gpu: int = 512 * MEBIBYTE
+    compiled_sides: tuple[int, ...] = ()
+    """H = W of images for which both units are also measured compiled, on a GPU; see ``compiled_channels``."""
+    compiled_channels: tuple[int, ...] = ()
 
 
 class Sizes(NamedTuple):
@@ -26,6 +52,8 @@ class Sizes(NamedTuple):
     """How long the report measures each size in the growth, at least."""
     slowest: float
     """Seconds that one call may take in the report's growth."""
+    grid: Grid
+    """Of the report's cells of EMAUnit compared with the published unit."""
 
 
 FULL = Sizes(
@@ -40,6 +68,16 @@ FULL = Sizes(
     seconds=10,
     growth_seconds=0.5,
     slowest=30,
+    grid=Grid(
+        sides=(7, 14, 16, 32, 65, 129),
+        batches=(1, 8, 32),
+        channels=(256, 512),
+        token_channels=(768,),
+        precisions=("float32", "bfloat16 model", "bfloat16 autocast"),
+        seconds=1.0,
+        compiled_sides=(16, 65),
+        compiled_channels=(512,),
+    ),
 )
 QUICK = Sizes(
     channels=(512,),
@@ -53,4 +91,12 @@ QUICK = Sizes(
     seconds=0.5,
     growth_seconds=0.2,
     slowest=1,
+    grid=Grid(
+        sides=(7, 16, 32),
+        batches=(1, 8),
+        channels=(512,),
+        token_channels=(768,),
+        precisions=("float32", "bfloat16 model"),
+        seconds=0.2,
+    ),
 )

@@ -6,28 +6,27 @@ The weights of one are loaded into the other, and the calls of a ratio are measu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import slow
-from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES, NonLocal
+from benchmarks.blocks import NUM_BASES, STAGES, NonLocal
+from benchmarks.costs import grid
 from benchmarks.costs.sizes import Sizes
-from benchmarks.measure import (
-    Mode,
-    failure,
-    held_for_backward,
-    interleaved,
-    macs,
-    memory,
-    prepare,
-    summary,
-)
-from ema_attention import EMAUnit, GradientMode
-from tests.plain import PublishedEMAU
+from benchmarks.costs.unit_pairs import Pair, Precision, prepare_pair, units
+from benchmarks.measure import Mode, held_for_backward, interleaved, macs, memory, prepare, summary
+from ema_attention import GradientMode
 
-GRADIENTS: tuple[GradientMode, ...] = ("none", "last", "all")
+TRAINING: tuple[tuple[GradientMode, float], ...] = (("none", 0.70), ("last", 0.70), ("all", 0.70))
+"""The gradient of a training step, and what it may take of the published form's time with that gradient."""
+HALF: tuple[tuple[str, Mode, GradientMode, float], ...] = (
+    ("eval forward / published", "forward", "none", 0.85),
+    ('training step, gradient="none" / published', "training step", "none", 0.95),
+    ('training step, gradient="all" / published form with that gradient', "training step", "all", 0.95),
+)
+"""The same in bfloat16: (quantity, mode, gradient, target)."""
+TOKENS = (8, 196, 768)
+"""(B, N, C) of a vision transformer."""
 
 
 class BareProducts(nn.Module):
@@ -47,26 +46,6 @@ class BareProducts(nn.Module):
         return torch.bmm(self.weight.expand(len(x), -1, -1), self.mu @ self.z.mT)
 
 
-def wrong_units(device: str = "cpu") -> str | None:
-    """The first error of either unit in any gradient mode, or of Non-local; None if there is none."""
-    blocks = {"Non-local": BLOCKS["Non-local"]}
-    for name, make in (("EMAU as published", PublishedEMAU), ("EMAUnit", EMAUnit)):
-        for gradient in GRADIENTS:
-            blocks[f"{name}, gradient={gradient!r}"] = BLOCKS[name]._replace(
-                make=partial(make, gradient=gradient), slow=partial(slow.emau, gradient=gradient)
-            )
-    reasons = {name: failure(block, device) for name, block in blocks.items()}
-    return next((f"{name}: {reason}" for name, reason in reasons.items() if reason), None)
-
-
-def units(channels: int, gradient: GradientMode) -> tuple[PublishedEMAU, EMAUnit]:
-    """Both units, with the same weights."""
-    published = PublishedEMAU(channels, NUM_BASES, STAGES, gradient=gradient)
-    unit = EMAUnit(channels, NUM_BASES, STAGES, gradient=gradient)
-    unit.load_state_dict(published.state_dict())
-    return published, unit
-
-
 def measure_targets(sizes: Sizes, device: str, say: Callable[[str], None]) -> list[dict]:
     """Rows of ``{"quantity", "value", "target", "unit", "beside"}``; ``say`` is told what is measured next.
 
@@ -79,50 +58,63 @@ def measure_targets(sizes: Sizes, device: str, say: Callable[[str], None]) -> li
     def row(quantity: str, value: float, target: float, **parts: object) -> None:
         rows.append({"quantity": quantity, "value": value, "target": target, **parts})
 
-    def time(quantity: str, unit: nn.Module, other: nn.Module, batch: int, mode: Mode, target: float) -> None:
-        shape = (batch, c, side, side)
-        say(quantity)
-        calls = {
-            "unit": prepare(unit, shape, mode, device=device),
-            "beside": prepare(other, shape, mode, device=device),
-        }
-        times = {k: summary(v) for k, v in interleaved(calls, seconds=sizes.seconds, device=device).items()}
+    def time(
+        quantity: str,
+        pair: Pair,
+        shape: tuple[int, ...],
+        mode: Mode,
+        target: float,
+        precision: Precision = "float32",
+    ) -> None:
+        say(f"{quantity}, {shape}")
+        calls = prepare_pair(pair, shape, mode, precision, device)
+        samples = interleaved(calls, seconds=sizes.seconds, device=device)
+        times = {"unit": summary(samples["unit"]), "beside": summary(samples["published"])}
         value = times["unit"]["median"] / times["beside"]["median"]
         row(f"{quantity}, {shape}", value, target, **times)
 
-    for batch, target in ((4, 0.65), (1, 0.75)):
-        published, unit = units(c, "none")
-        time("eval forward / published", unit, published, batch, "forward", target)
+    def image(batch: int) -> tuple[int, ...]:
+        return batch, c, side, side
+
+    for batch, target in ((4, 0.50), (1, 0.65)):
+        time("eval forward / published", units(c, "none"), image(batch), "forward", target)
     for batch in (4, 1):
-        floor = BareProducts(batch, c, side**2)
-        time("eval forward / bare matrix multiplies", units(c, "none")[1], floor, batch, "forward", 1.15)
-    for gradient, target in (("none", 0.80), ("last", 0.75), ("all", 0.75)):
-        published, unit = units(c, gradient)
+        products = BareProducts(batch, c, side**2)
+        pair = Pair(units(c, "none").unit, products)
+        time("eval forward / bare matrix multiplies", pair, image(batch), "forward", 1.15)
+    for gradient, target in TRAINING:
         quantity = f'training step, gradient="{gradient}" / published form with that gradient'
-        time(quantity, unit, published, 4, "training step", target)
-    quantity = 'training step, gradient="all" / Non-local'
-    time(quantity, units(c, "all")[1], NonLocal(c), 2, "training step", 0.16)
+        time(quantity, units(c, gradient), image(4), "training step", target)
+    pair = Pair(units(c, "all").unit, NonLocal(c))
+    time('training step, gradient="all" / Non-local', pair, image(2), "training step", 0.16)
+    precisions: tuple[Precision, ...] = ("bfloat16 model", "bfloat16 autocast")
+    for precision in precisions:
+        for name, mode, gradient, target in HALF:
+            for batch in (4, 1):
+                time(f"{precision}: {name}", units(c, gradient), image(batch), mode, target, precision)
+    for name, mode, _, _ in HALF[:2]:
+        time(f"tokens: {name}", units(TOKENS[-1], "none", tokens=True), TOKENS, mode, 1.0)
 
     say("memory")
     for batch in (4, 1):
         shape = (batch, c, side, side)
         output = batch * c * side**2 * 4
-        published, unit = units(c, "none")
+        unit, published = units(c, "none")
         peaks = [memory(prepare(m, shape, "forward", device=device), device).peak / output for m in (unit, published)]
         row(f"peak memory of an eval forward, in outputs, {shape}", peaks[0], 1.6, published=peaks[1])
         for gradient, target in (("none", 1.3), ("last", 1.5), ("all", 1.8)):
-            published, unit = units(c, gradient)
+            unit, published = units(c, gradient)
             held = [held_for_backward(module, shape, device=device) / output for module in (unit, published)]
             quantity = f'held from forward to backward, in outputs, gradient="{gradient}", {shape}'
             row(quantity, held[0], target, published=held[1])
 
-    published, unit = units(512, "none")
+    unit, published = units(512, "none")
     counts = [macs(module.eval(), torch.randn(1, 512, 65, 65)) for module in (unit, published)]
     row("GMAC of an eval forward, (1, 512, 65, 65)", counts[0] / 1e9, 2.20, published=counts[1] / 1e9)
 
     large = sizes.large_side
     say(f"eval forward at {large}×{large}")
-    _, unit = units(c, "none")
+    unit = units(c, "none").unit
     shapes = {name: (1, c, s, s) for name, s in (("unit", large), ("beside", side))}
     calls = {name: prepare(unit, shape, "forward", device=device) for name, shape in shapes.items()}
     times = {k: summary(v) for k, v in interleaved(calls, seconds=sizes.seconds, device=device).items()}
@@ -132,7 +124,7 @@ def measure_targets(sizes: Sizes, device: str, say: Callable[[str], None]) -> li
     row(f"peak memory of an eval forward, in outputs, {shapes['unit']}", peak, 1.6)
 
     say("agreement")
-    published, unit = (module.to(device).eval() for module in units(c, "none"))
+    unit, published = (module.to(device).eval() for module in units(c, "none"))
     x = torch.randn(4, c, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         value, expected = unit(x), published(x)
@@ -149,13 +141,32 @@ def _bfloat16(c: int, side: int, seconds: float, device: str, say: Callable[[str
     shape, rows = (16, c, side, side), []
     for name, transform in (("eager", lambda module: module), ("compiled", torch.compile)):
         say(f"bfloat16, {name}")
-        published, unit = (transform(module.to(device, torch.bfloat16).eval()) for module in units(c, "none"))
-        calls = {
-            "unit": prepare(unit, shape, "forward", torch.bfloat16, device),
-            "beside": prepare(published, shape, "forward", torch.bfloat16, device),
-        }
-        times = {k: summary(v) for k, v in interleaved(calls, seconds=seconds, device=device).items()}
+        pair = Pair(*(transform(module.to(device, torch.bfloat16).eval()) for module in units(c, "none")))
+        calls = prepare_pair(pair, shape, "forward", "bfloat16 model", device)
+        samples = interleaved(calls, seconds=seconds, device=device)
+        times = {"unit": summary(samples["unit"]), "beside": summary(samples["published"])}
         value = times["unit"]["median"] / times["beside"]["median"]
         rows.append({"quantity": f"eval forward / published, bfloat16, {name}, {shape}", "value": value, "target": 1})
         rows[-1].update(times)
+    return rows
+
+
+def grid_targets(cells: list[dict]) -> list[dict]:
+    """The targets of the cells of :func:`benchmarks.costs.grid.measure_grid`, as rows like the others."""
+    rows = []
+    for variant, group in grid.variants(cells).items():
+        word = "" if variant == "eager" else f"{variant} "
+        float32 = [cell for cell in group if cell["precision"] == "float32"]
+        for where, target, chosen in (
+            ("from 14×14", 1.0, [cell for cell in float32 if cell["side"] >= 14]),
+            ("at 7×7", 1.1, [cell for cell in float32 if cell["side"] == 7]),
+        ):
+            if chosen:
+                cell = grid.worst(chosen)
+                quantity = f"worst {word}float32 cell {where} of {len(chosen)}: {grid.name(cell)}"
+                times = {"unit": cell["unit"], "beside": cell["published"]}
+                rows.append({"quantity": quantity, "value": grid.ratio(cell), "target": target, **times})
+        if small := grid.small_float32(group):
+            quantity = f"geometric mean of the {len(small)} {word}float32 cells up to {grid.SMALL}×{grid.SMALL}"
+            rows.append({"quantity": quantity, "value": grid.geometric_mean(small), "target": 0.9})
     return rows

@@ -73,3 +73,12 @@ def test_fused_attention_takes_the_fast_kernel():
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         block(torch.randn(1, 32, 8, 8))
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profiler.events()}
+
+
+@pytest.mark.parametrize("name", ["EMAUnit", 'EMAUnit, gradient="all"'])
+def test_the_unit_is_compared_where_it_runs_conv1_and_where_it_folds_it(name):
+    published = BLOCKS["EMAU as published"]
+    runs_conv1 = [BLOCKS[name].macs(16, h, w) == published.macs(16, h, w) for h, w in BLOCKS[name].sizes]
+    assert runs_conv1 == [True, False]
+    wrong = BLOCKS[name]._replace(macs=published.macs)  # right at the first size
+    assert "its formula's" in failure(wrong)

@@ -9,7 +9,7 @@ from benchmarks.blocks import BLOCKS
 from benchmarks.costs import __main__ as report
 from benchmarks.costs import cost_tables, paper_costs
 from benchmarks.costs.measure_costs import measure_costs
-from benchmarks.costs.sizes import Sizes
+from benchmarks.costs.sizes import Grid, Sizes
 from benchmarks.reporting import RESULTS, update_readme
 
 TINY = Sizes(
@@ -24,6 +24,7 @@ TINY = Sizes(
     seconds=0,
     growth_seconds=0,
     slowest=1,
+    grid=Grid(sides=(4, 7), batches=(1,), channels=(16,), token_channels=(), precisions=("float32",), seconds=0),
 )
 
 
@@ -60,11 +61,11 @@ def test_targets_are_withheld_when_a_unit_is_wrong():
 def test_the_same_report_is_written_from_the_raw_numbers(results, tmp_path):
     report.write(results, tmp_path / "first")
     report.main(["--render", str(tmp_path / "first" / "results.json"), "--output", str(tmp_path / "second")])
-    for name in ("report.md", "results.json", "costs.png", "growth.png"):
+    for name in ("report.md", "results.json", "costs.png", "growth.png", "grid.md", "grid.png"):
         content = (tmp_path / "first" / name).read_bytes()
         assert content == (tmp_path / "second" / name).read_bytes()
         assert not name.endswith("png") or content.startswith(b"\x89PNG")
-    assert len(list((tmp_path / "first").iterdir())) == 4
+    assert len(list((tmp_path / "first").iterdir())) == 6
 
 
 def test_the_readme_gets_the_cost_table_between_its_markers(results, tmp_path):
@@ -77,7 +78,8 @@ def test_the_readme_gets_the_cost_table_between_its_markers(results, tmp_path):
         assert (before, after) == ("before\n", "\nafter\n")
         assert "old" not in table
         assert "`command`" in table
-        assert "| Hamburger (NMF) | 560 |" in table
+        rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+        assert rows[2:] == [name for name in BLOCKS if name in cost_tables.IN_README]
 
 
 @pytest.mark.parametrize(
