@@ -192,7 +192,7 @@ def _emau_macs(c: int, h: int, w: int) -> int:
 
 
 def _unit_macs(c: int, h: int, w: int) -> int:
-    if h * w <= 1.25 * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
+    if h * w <= 2.5 * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
         return _emau_macs(c, h, w)
     to_x_and_back = 2 * STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
     return _emau_macs(c, h, w) - c**2 * h * w + to_x_and_back
@@ -230,7 +230,7 @@ def _criss_cross_macs(c: int, h: int, w: int) -> int:
     return 2 * (5 * c**2 * n // 4 + n * (h + w) * (c // 8 + c))
 
 
-_UNIT_SIZES = ((4, 5), (23, 24))  # few positions, and enough for every form that saves time or memory
+_UNIT_SIZES = ((4, 5), (45, 46))  # few positions, and enough for every form that saves time or memory
 
 BLOCKS: dict[str, Block] = {
     "EMAU as published": Block(

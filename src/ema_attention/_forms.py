@@ -8,7 +8,6 @@ chosen by                   plain form                   what another form saves
 ``residual_form``           ``conv2`` is called          folded: every N×C tensor but the output;
                                                          recomputed: an N×C activation held for backward
 ``has_half_products``       products in float32          half precision is faster, and as good as it can be
-``takes_channels_last``     x as it lies in memory       a product for each sample
 =========================== ============================ ==================================================
 
 While a graph is traced (torch.compile, export) a form cannot depend on a size, and compilers fuse the plain form.
@@ -24,7 +23,6 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ema_attention._layout import is_channels_last
 from ema_attention._torch import (
     autocasts,
     differentiates,
@@ -33,9 +31,9 @@ from ema_attention._torch import (
     multiplies_to_float32,
 )
 
-_FOLDS_FROM = 1.25
-_CHANNELS_LAST_BELOW = 128
-_SAVES_MEMORY_FROM = 512
+# Both measured with two threads of an AMD EPYC, where a convolution does twice as much a second as a product.
+_FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
+_SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
 
 _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
 
@@ -62,29 +60,18 @@ def plain_form() -> Iterator[None]:
         _is_plain_form.reset(token)
 
 
-def takes_channels_last(x: Tensor) -> bool:
-    """Whether x (B, C, N) is copied so that the channels of a position lie next to each other in memory.
+def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) -> Literal["folded", "called"]:
+    """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, or by calling conv1.
 
-    A CPU then multiplies all positions of a batch with a C×C matrix in one product. Of few positions a sample, the
-    products of one sample each take up to a third longer.
-    """
-    return _may_choose() and x.device.type == "cpu" and x.shape[2] < _CHANNELS_LAST_BELOW
-
-
-def projection_form(
-    conv1: nn.Module, x: Tensor, num_bases: int, stages: int
-) -> Literal["folded", "multiplied", "called"]:
-    """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, by a matrix product, by calling conv1.
-
-    Folding takes 2TK·C·C' multiply-accumulates a sample, the others N·C·C'.
+    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. A GPU's convolution runs on its tensor cores,
+    in half precision and by default in float32 (TF32); the float32 products with the bases would not.
     """
     if not _is_pointwise(conv1):
         return "called"
     if not _may_choose():
         return "folded" if is_tracing() else "called"
-    if x.shape[2] > _FOLDS_FROM * 2 * stages * num_bases:
-        return "folded"
-    return "multiplied" if _multiplies_matrices(x) else "called"
+    is_large = x.device.type != "cuda" and x.shape[2] > _FOLDS_FROM * 2 * stages * num_bases
+    return "folded" if is_large else "called"
 
 
 def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
@@ -92,19 +79,15 @@ def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
     return differentiates(x, mu, projection) and _may_choose() and x.shape[2] >= _SAVES_MEMORY_FROM
 
 
-def residual_form(
-    conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor
-) -> Literal["folded", "recomputed", "multiplied", "called"]:
+def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Literal["folded", "recomputed", "called"]:
     """How conv2 runs on relu(mu zᵀ), for x (B, C, N).
 
     Folded: with the norm in the convolution's weights, in blocks of positions, where that norm is an affine map of each
     channel, known beforehand, and nothing is differentiated. Recomputed: backward computes conv2's input again.
-    Multiplied: the convolution is a matrix product. Called: as any other module.
+    Called: as any other module.
     """
-    if not _may_choose() or not _is_as_made(conv2, x):
+    if not _may_choose() or x.shape[2] < _SAVES_MEMORY_FROM or not _is_as_made(conv2, x):
         return "called"
-    if x.shape[2] < _SAVES_MEMORY_FROM:
-        return "multiplied" if _multiplies_matrices(x) else "called"
     conv: Any
     norm: Any
     conv, norm = conv2
@@ -136,15 +119,6 @@ def has_half_products(x: Tensor, dtype: torch.dtype) -> bool:
 
 def _may_choose() -> bool:
     return not is_tracing() and not _is_plain_form.get()
-
-
-def _multiplies_matrices(x: Tensor) -> bool:
-    """Whether a 1×1 convolution of x (B, C, N) is run as the matrix product that it is.
-
-    Where the channels of a position lie next to each other in memory, a CPU's convolution takes longer. On other
-    devices a convolution follows what users have set for convolutions, such as TF32.
-    """
-    return x.device.type == "cpu" and is_channels_last(x)
 
 
 def _is_as_made(conv2: nn.Module, x: Tensor) -> bool:

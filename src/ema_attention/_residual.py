@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_attention._blocks import by_blocks, position_blocks
+from ema_attention._blocks import by_blocks
 from ema_attention._forms import adds_in_place, residual_form
-from ema_attention._layout import convolve, is_channels_last
+from ema_attention._layout import convolve, convolve_backward, is_channels_last
 from ema_attention._steps import reconstruct
 from ema_attention._torch import (
     at_least_float32,
@@ -24,21 +24,15 @@ def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu:
     """Computes x + conv2(relu(mu zᵀ)), then ReLU, of x (B, C, N), bases mu (B, C', K) and maps z (B, N, K)."""
     z = z.to(autocast_dtype(x))
     mu = mu.to(z.dtype)
-    conv: Any
     form = residual_form(conv2, x, mu, z)
     if form == "folded":
         with without_autocast(x.device):
             return inference_tail(x, mu, z, *fold_norm(conv2), final_relu)
-    if form == "called":
-        y: Tensor = conv2(insert_row_dimension(reconstruct(mu, z, like=x).relu_()))
+    if form == "recomputed":
+        weight: Any = conv2[0].weight
+        y: Tensor = conv2[1](insert_row_dimension(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x)))
     else:
-        conv, norm = conv2
-        weight = conv.weight.flatten(1)
-        if form == "recomputed":
-            y = reconstruct_conv(mu, z, weight.to(z.dtype), like=x)
-        else:
-            y = convolve(weight, reconstruct(mu, z, like=x).relu_())
-        y = norm(insert_row_dimension(y))
+        y = conv2(insert_row_dimension(reconstruct(mu, z, like=x).relu_()))
     image = insert_row_dimension(x)
     # in place where nobody, its backward included, looks at the norm's output
     y = y.add_(image) if adds_in_place(conv2) and y.dtype == x.dtype else y + image
@@ -106,18 +100,13 @@ class _ReconstructConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mu, z, weight = ctx.saved_tensors
-        dtype = at_least_float32(weight.dtype)  # of the sums over blocks
-        grad_weight, grad_mu, grad_z = torch.zeros_like(weight, dtype=dtype), torch.zeros_like(mu, dtype=dtype), []
         with without_autocast(z.device):
-            for grad_block, z_block in position_blocks(grad, z.mT):
-                rectified = reconstruct(mu, z_block.mT, like=grad_block).relu()
-                if ctx.needs_input_grad[2]:
-                    grad_weight = grad_weight + (grad_block @ rectified.mT).sum(0, dtype=dtype)
-                if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                    grad_rectified = convolve(weight.mT, grad_block) * rectified.sign()
-                    grad_mu = grad_mu + grad_rectified @ z_block.mT
-                    grad_z.append(grad_rectified.mT @ mu)
-        return grad_mu.to(mu.dtype), torch.cat(grad_z, 1) if grad_z else None, grad_weight.to(weight.dtype), None
+            rectified = reconstruct(mu, z, like=grad).relu()
+            grad_weight = convolve_backward(weight, rectified, grad) if ctx.needs_input_grad[2] else None
+            if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+                return None, None, grad_weight, None
+            grad = convolve(weight.mT, grad) * rectified.sign()
+            return grad @ z, grad.mT @ mu, grad_weight, None
 
 
 def _empty_like(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,8 @@ from ema_attention._checks import (
     check_unit_input,
     check_unit_settings,
 )
-from ema_attention._forms import projection_form, takes_channels_last
-from ema_attention._layout import Layout, convolve, flatten
+from ema_attention._forms import projection_form
+from ema_attention._layout import flatten
 from ema_attention._residual import residual
 from ema_attention._steps import Problem, pose, unit_norm
 from ema_attention._torch import assign_to_buffer, autocast_dtype, insert_row_dimension, is_recomputing, is_tracing
@@ -157,7 +157,7 @@ class EMAUnit(nn.Module):
         BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
         """
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
-        positions, layout = self._positions(x)  # (B, C, N)
+        positions, layout = flatten(x, self.channel_dim)  # (B, C, N)
         problem, start = self._pose(positions, self._starting_bases(), mask)
         mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
         y = residual(positions, mu, z, self.conv2, self.final_relu)
@@ -165,10 +165,6 @@ class EMAUnit(nn.Module):
             self._move_bases(mu.detach(), z.detach())
         self._hand_out(layout.restore_maps(z.detach().mT))
         return layout.restore(y)
-
-    def _positions(self, x: Tensor) -> tuple[Tensor, Layout]:
-        positions, layout = flatten(x, self.channel_dim)
-        return (positions.mT.contiguous().mT if takes_channels_last(positions) else positions), layout
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -186,14 +182,10 @@ class EMAUnit(nn.Module):
         """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
         x = x.to(autocast_dtype(x))
         mask = None if mask is None else mask.flatten(1)
-        form = projection_form(self.conv1, x, self.num_bases, self.stages)
-        if form == "folded":
+        if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
             return pose(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
-            if form == "multiplied":
-                y = convolve(self.conv1.weight.flatten(1), x, self.conv1.bias)
-            else:
-                y = self.conv1(insert_row_dimension(x)).squeeze(2)
+            y = self.conv1(insert_row_dimension(x)).squeeze(2)
         return pose(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_used_where_they_may_be(calls: list[str]) -> None:
-    x = torch.randn(2, 8, 24, 24)
+    x = torch.randn(2, 8, 48, 48)
     unit = EMAUnit(8, 4, gradient="all")
     unit(x)
     assert calls == ["run_with_one_product", "reconstruct_conv"]
@@ -137,7 +137,7 @@ def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], c
 
 def test_autocast_folds_the_norm_too(calls: list[str]) -> None:
     unit = trained_like(EMAUnit(8, 4)).eval()
-    x = torch.randn(2, 8, 24, 24)
+    x = torch.randn(2, 8, 48, 48)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = unit(x)
     assert calls == ["inference_tail"]
@@ -221,7 +221,7 @@ def test_arithmetic_of_an_eval_forward(device: str) -> None:
 @pytest.mark.parametrize("norm_layer", [nn.SyncBatchNorm, lambda c: nn.GroupNorm(2, c)])
 def test_other_norms_keep_what_does_not_depend_on_the_norm(norm_layer, calls: list[str]) -> None:
     unit = EMAUnit(8, 4, norm_layer=norm_layer).eval()
-    x = torch.randn(2, 8, 24, 24)
+    x = torch.randn(2, 8, 48, 48)
     torch.testing.assert_close(unit(x), formula(unit, x))
     assert calls == ["reconstruct_conv"]
     with torch.no_grad():

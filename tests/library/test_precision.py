@@ -135,3 +135,47 @@ def test_autocast_changes_no_bit_of_the_function(dtype: torch.dtype, device: str
         actual = em_attention(x, mu, 3, weight=weight)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+
+
+MAGNITUDES = (1e-3, 1.0, 30.0, 1e3)
+SAMPLES = {60: 15, 1000: 7, 100_000: 1}
+"""How many problems of so many positions: one position that changes its basis is much, so the median is held."""
+
+
+def results_and_gradients(function, dtype: torch.dtype, tensors: dict[str, Tensor], upstream: Tensor) -> list[Tensor]:
+    leaves = {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}
+    out, mu, z = function(leaves["x"], leaves["mu"], 3, weight=leaves.get("weight"), bias=leaves.get("bias"))
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(dtype))
+    return [t.detach().double() for t in (out, mu, z, *gradients)]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("projected", [False, True])
+def test_results_and_every_gradient_are_within_twice_the_plain_error(
+    projected: bool, magnitude: float, dtype: torch.dtype, device: str
+) -> None:
+    for positions, samples in SAMPLES.items():
+        errors = []  # of each problem and tensor, ours and the plain form's
+        for _ in range(samples):
+            x, mu = clusters(2, 16, 4, positions, magnitude)
+            tensors = {"x": x, "mu": mu[0]}
+            if projected:
+                tensors["weight"] = torch.eye(16) + 0.05 * torch.randn(16, 16)
+                tensors["bias"] = 0.1 * magnitude * torch.randn(16)
+            tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
+            upstream = torch.randn_like(x).to(device, dtype)
+            truth, ours, plain = (
+                results_and_gradients(function, kind, tensors, upstream)
+                for function, kind in (
+                    (em_attention, torch.float64),
+                    (em_attention, dtype),
+                    (plain_em_attention, dtype),
+                )
+            )
+            columns = zip(truth, ours, plain, strict=True)
+            errors.append([[typical(other, expected) for other in others] for expected, *others in columns])
+        # where the plain form overflows, anything is as good
+        for error, allowed in torch.tensor(errors).nan_to_num(torch.inf).median(0).values.tolist():
+            assert error <= 2 * allowed + torch.finfo(dtype).smallest_normal, positions

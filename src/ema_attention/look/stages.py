@@ -125,5 +125,5 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
 
 
 def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
-    positions, layout = unit._positions(x)
+    positions, layout = flatten(x, unit.channel_dim)
     return _watch(*unit._pose(positions, unit.mu, mask), unit.stages, layout)

@@ -1,0 +1,55 @@
+"""What a forward asks of a device: how many operations, and in which dtypes; counted, nothing is timed."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ema_attention import EMAUnit
+
+VIEWS = set("view t transpose permute expand unsqueeze squeeze slice detach _unsafe_view alias split empty".split())
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, and keeps the dtypes and sizes of what each returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.results: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+            if isinstance(result, Tensor):
+                self.results.append((name, result.dtype, result.numel()))
+        return result
+
+
+@pytest.mark.parametrize(("training", "most"), [(False, 48), (True, 60)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_number_of_operations_of_a_forward_in_float32(training: bool, most: int, device: str) -> None:
+    unit = EMAUnit(64).to(device).train(training)
+    x = torch.randn(2, 64, 14, 14, device=device, requires_grad=training)
+    with torch.set_grad_enabled(training), Operations() as operations:
+        unit(x)
+    assert 30 < sum(operations.counts.values()) <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_no_float32_over_positions_and_channels_on_a_gpu(dtype: torch.dtype) -> None:
+    """On fake CUDA tensors: no copy of x in float32, and no product over positions with float32 operands."""
+    with FakeTensorMode():
+        unit = EMAUnit(64, 16, device="cuda", dtype=dtype).eval()
+        x = torch.empty(2, 64, 65, 65, device="cuda", dtype=dtype)
+        with torch.no_grad(), Operations() as operations:
+            y = unit(x)
+    assert y.dtype == dtype
+    assert operations.counts["bmm"] >= 6
+    for name, result, size in operations.results:
+        assert not (size == x.numel() and result == torch.float32), f"{name} writes float32 over positions and channels"
