@@ -58,8 +58,9 @@ def em_attention(
     with y = x, or y = weight · x + bias where a ``weight`` is given (y is then never formed: the
     bases are taken to x instead, and the sums over x to y, which is exact). Then out = mu zᵀ, from the
     last bases and the last maps. A basis whose new direction is undefined (y z is zero or not finite)
-    keeps its old direction, so that the bases returned always have unit norm. The E- and M-steps are
-    float32 or wider, whatever the dtypes are and whether or not autocast is on; mu zᵀ is in x's dtype.
+    keeps its old direction, so that the bases returned always have unit norm. The softmax, the norms and the
+    sums are float32 or wider, whether or not autocast is on. The products with x run in x's dtype where that
+    is as good, which bfloat16 is, and in float32 or wider elsewhere; mu zᵀ is in x's dtype.
 
     Args:
         x: features, (B, C, *spatial) with one spatial dimension or more.

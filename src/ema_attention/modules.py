@@ -40,16 +40,16 @@ class EMAUnit(nn.Module):
     leaves it alone. The new bases are averaged over the samples of the batch, of all ranks where
     torch.distributed is initialised (so every rank holds the same buffer, and every rank has to run the
     forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite moves
-    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.)
+    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.) With ``decay=1`` nothing does.
 
     Where activation checkpointing runs a forward again, it starts from the bases that the unit's last
     forward started from and moves nothing. (BatchNorm's running statistics move twice. And a unit that runs
     more than once before a backward is recomputed from its last start only; and one that torch.compile has
     compiled cannot tell: compile around the checkpoint, and allow graph breaks.)
 
-    ``conv1`` is 1×1 and not run as a convolution: its weights are folded into the bases. (One with hooks,
-    or replaced by a module of another kind, is run.) With ``gradient="none"`` no gradient can reach it, and
-    it is frozen.
+    Where there are many positions, ``conv1`` is not run: its weights are folded into the bases, which gives the
+    same function for less. (One with hooks, or replaced by a module of another kind, is always run.) With
+    ``gradient="none"`` no gradient can reach it, and it is frozen. See :func:`plain_form`.
 
     Parameter names and shapes are those of the published EMANet weights.
 
@@ -161,7 +161,7 @@ class EMAUnit(nn.Module):
         problem, start = self._pose(positions, self._starting_bases(), mask)
         mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
         y = residual(positions, mu, z, self.conv2, self.final_relu)
-        if self.training:
+        if self.training and self.decay < 1:
             self._move_bases(mu.detach(), z.detach())
         self._hand_out(layout.restore_maps(z.detach().mT))
         return layout.restore(y)

@@ -315,3 +315,11 @@ def test_channels_in_the_batch_dimension_are_refused() -> None:
 def test_mask_errors(mask: Tensor) -> None:
     with pytest.raises((ValueError, TypeError), match="mask must be"):
         EMAUnit(8, 4)(torch.randn(2, 8, 4, 4), mask=mask)
+
+
+def test_decay_1_leaves_bases_that_are_shorter_than_1_bit_identical() -> None:
+    unit = EMAUnit(8, 4, decay=1).train()
+    unit.mu.mul_(0.9)
+    old = unit.mu.clone()
+    unit(torch.randn(2, 8, 6, 6))
+    assert torch.equal(unit.mu, old)
