@@ -168,7 +168,7 @@ class EMAUnit(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.conv1.parameters(), self.mu).dtype
+        return [*self.conv1.parameters(), self.mu][0].dtype  # not next(), which PyTorch 2.6 cannot trace
 
     def _starting_bases(self) -> Tensor:
         """The bases that EM starts from: the unit's, or where a forward is run again those that it started from."""
