@@ -69,7 +69,7 @@ def inference_tail(x: Tensor, mu: Tensor, z: Tensor, weight: Tensor, shift: Tens
         result += shift
         return result.relu_() if final_relu else result
 
-    return by_blocks(block, x, z.mT, result=lambda: _empty_like(x, weight, shift.dtype))
+    return by_blocks(block, x, z.mT, result=lambda: _empty_like(x, shift.dtype))
 
 
 def reconstruct_conv(mu: Tensor, z: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _ReconstructConv(torch.autograd.Function):
             return convolve(weight, reconstruct(mu, z.mT, like).relu_())
 
         with without_autocast(z.device):
-            return by_blocks(block, like, z.mT, result=lambda: _empty_like(like, weight, weight.dtype))
+            return by_blocks(block, like, z.mT, result=lambda: _empty_like(like, weight.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,8 +109,6 @@ class _ReconstructConv(torch.autograd.Function):
             return grad @ z, grad.mT @ mu, grad_weight, None
 
 
-def _empty_like(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory laid out as x (B, C, N); made from ``weight``, for vmap to see that it maps over it."""
-    shape = x.mT.shape if is_channels_last(x) else x.shape
-    result = weight.new_empty(shape, dtype=dtype)
-    return result.mT if is_channels_last(x) else result
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """New memory laid out as x (B, C, N)."""
+    return x.new_empty(x.mT.shape, dtype=dtype).mT if is_channels_last(x) else x.new_empty(x.shape, dtype=dtype)

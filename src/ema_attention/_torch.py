@@ -50,17 +50,18 @@ def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
 
 def is_known_true(condition: Tensor) -> bool:
     """Whether all of ``condition`` holds, where that can be asked without waiting for a device or ending a trace."""
-    if condition.device.type != "cpu" or not _is_only_data(condition) or torch._C._len_torch_dispatch_stack():
+    if condition.device.type != "cpu" or not is_only_data(condition) or torch._C._len_torch_dispatch_stack():
         return False
     return bool(condition.all())
 
 
 def may_overwrite(tensor: Tensor) -> bool:
     """Whether an operation in place on a tensor of ours is seen by nobody: autograd, a trace or a transform."""
-    return _is_only_data(tensor) and not differentiates(tensor)
+    return is_only_data(tensor) and not differentiates(tensor)
 
 
-def _is_only_data(tensor: Tensor) -> bool:
+def is_only_data(tensor: Tensor) -> bool:
+    """Whether a tensor is no stand-in: of a trace, of a transform such as vmap, or a subclass."""
     if is_tracing() or type(tensor) is not Tensor:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

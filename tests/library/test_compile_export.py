@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from ema_attention import EMAUnit, em_attention
 
@@ -174,6 +174,35 @@ def test_per_sample_gradients(gradient: str) -> None:
         for name, leaf in leaves.items():
             expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             torch.testing.assert_close(per_sample[name][b], expected)
+
+
+@pytest.mark.parametrize("gradient", ["all", "none"])
+@pytest.mark.parametrize("side", [6, 24, 48])
+def test_per_sample_gradients_of_a_unit_of_any_size(side: int, gradient: str) -> None:
+    unit, x = EMAUnit(8, num_bases=4, gradient=gradient).eval().double(), torch.randn(3, 8, side, side).double()
+    parameters, buffers = dict(unit.named_parameters()), dict(unit.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(unit, (parameters, buffers), (sample[None],)).pow(2).sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for b in range(len(x)):
+        unit.zero_grad()
+        unit(x[b : b + 1]).pow(2).sum().backward()
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                torch.testing.assert_close(per_sample[name][b], parameter.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # PyTorch's own decompositions
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_derivatives_of_a_large_input() -> None:
+    x, mu = torch.randn(1, 8, 50, 50).double(), F.normalize(torch.randn(8, 4), dim=0).double()
+    direction = torch.randn_like(x)
+    _, derivative = jvp(lambda x: em_attention(x, mu, 2).out, (x,), (direction,))
+    step = 1e-5 * direction
+    ahead, behind = em_attention(x + step, mu, 2).out, em_attention(x - step, mu, 2).out
+    torch.testing.assert_close(derivative, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 def test_jacobian() -> None:
