@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ema_attention._torch import is_only_data
 
-_POSITIONS = 512
-"""Of 512 float32 channels they fill an L2 cache of 1 MB.
+_BYTES = 512 * 1024
+"""Of a block in one sample. What a block needs on the way stays in an L2 cache, and no N×C temporary is written.
 
-Measured there: 0.8 of the time of all positions at once for (1, 512, 65, 65), and no N×C temporary.
+Smaller blocks save memory and take time: a CPU's convolution copies its weights at each call.
 """
 
 
@@ -21,11 +21,13 @@ def by_blocks(function: Callable[..., Tensor], *tensors: Tensor, result: Callabl
     All positions are one block on a GPU, which has no need of more, and under a transform such as vmap, which could
     not write a result that it maps over into one that it does not.
     """
+    _, channels, positions = tensors[0].shape
+    size = max(64, _BYTES // (channels * tensors[0].element_size()) // 64 * 64)
     is_one = not all(tensor.device.type == "cpu" and is_only_data(tensor) for tensor in tensors)
-    if is_one or tensors[0].shape[2] <= _POSITIONS:
+    if is_one or positions <= size:
         return function(*tensors)
     whole = result()
-    blocks = zip(*(tensor.split(_POSITIONS, 2) for tensor in tensors), strict=True)
-    for part, block in zip(whole.split(_POSITIONS, 2), blocks, strict=True):
+    blocks = zip(*(tensor.split(size, 2) for tensor in tensors), strict=True)
+    for part, block in zip(whole.split(size, 2), blocks, strict=True):
         part.copy_(function(*block))
     return whole
