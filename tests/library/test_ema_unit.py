@@ -26,8 +26,8 @@ def test_unit_equals_its_formula(
 ) -> None:
     unit = trained_like(EMAUnit(12, 5, inner_channels=10, gradient=mode, scale=1.5, final_relu=final_relu)).double()
     unit.train(training)
-    x = torch.randn(batch, 12, 24, 25, dtype=torch.float64).to(memory_format=memory_format)
-    mask = torch.rand(batch, 24, 25) < 0.7 if masked else None
+    x = torch.randn(batch, 12, 46, 45, dtype=torch.float64).to(memory_format=memory_format)
+    mask = torch.rand(batch, 46, 45) < 0.7 if masked else None
     before = copy.deepcopy(unit)
     results = []
     for module, function in ((unit, unit), (before, partial(formula, before))):
@@ -162,7 +162,7 @@ def test_copies_and_pickles_leave_a_pass_that_is_under_way_behind() -> None:
     assert maps == {}
 
 
-@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "parametrization"])
+@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "grouped", "parametrization"])
 def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
     unit = EMAUnit(8, 4, gradient="all").double()
     if change == "hook":
@@ -170,12 +170,14 @@ def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
     elif change == "spectral norm":
         torch.nn.utils.spectral_norm(unit.conv1)
         unit.conv1.eval()  # else each call moves its estimate
+    elif change == "grouped":
+        unit.conv1 = nn.Conv2d(8, 8, 1, groups=2).double()
     elif change == "wrapper":
         unit.conv1 = nn.Sequential(unit.conv1, nn.Conv2d(8, 8, 1, bias=False)).double()
     else:
         torch.nn.utils.parametrizations.weight_norm(unit.conv1)
     before = copy.deepcopy(unit)
-    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    x = torch.randn(2, 8, 10, 10, dtype=torch.float64)
     torch.testing.assert_close(unit(x), formula(before, x))
     parameters = [list(u.conv1.parameters()) for u in (unit, before)]
     before.mu.copy_(unit.mu)

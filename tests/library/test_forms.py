@@ -92,6 +92,10 @@ def append_dropout(unit: EMAUnit) -> None:
     unit.conv2.append(nn.Dropout2d(0.5)).eval()
 
 
+def grouped_conv(unit: EMAUnit) -> None:
+    unit.conv2[0] = nn.Conv2d(8, 8, 1, groups=2, bias=False)
+
+
 def parametrize(unit: EMAUnit) -> None:
     torch.nn.utils.parametrizations.weight_norm(unit.conv2[0])
     unit.conv2[0].parametrizations.weight.original0.data.mul_(3)
@@ -120,6 +124,7 @@ def quantized_like_subclass(unit: EMAUnit) -> None:
         drop_bias,
         patch_forward,
         append_dropout,
+        grouped_conv,
         parametrize,
         quantized_like_subclass,
     ],
@@ -127,12 +132,25 @@ def quantized_like_subclass(unit: EMAUnit) -> None:
 def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], calls: list[str]) -> None:
     unit = trained_like(EMAUnit(8, 4)).eval()
     change(unit)
-    x = torch.randn(2, 8, 6, 6)
+    unit.double()
+    x = torch.randn(2, 8, 48, 48, dtype=torch.float64)
     with torch.no_grad():
         y = unit(x)
         assert "inference_tail" not in calls
         torch.testing.assert_close(y, formula(unit, x))
     torch.testing.assert_close(unit(x), formula(unit, x))
+
+
+def test_a_convolution_of_several_positions_is_called_as_it_is() -> None:
+    """It gets the positions in one row, (B, C, 1, N)."""
+    unit = EMAUnit(8, 4).double().eval()
+    unit.conv1 = nn.Conv2d(8, 8, (1, 3), padding="same").double()
+    unit.conv2[0] = nn.Conv2d(8, 8, (1, 3), padding="same", bias=False).double()
+    x = torch.randn(2, 8, 48, 48, dtype=torch.float64)
+    with torch.no_grad():
+        y = unit(x)
+        with plain_form():
+            torch.testing.assert_close(y, unit(x))
 
 
 def test_autocast_folds_the_norm_too(calls: list[str]) -> None:
