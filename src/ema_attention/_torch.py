@@ -39,8 +39,9 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives to a convolution of x, or x's own."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+    """The dtype that a convolution of x runs in: that of autocast, which leaves float64 alone, or x's own."""
+    casts = autocasts(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Low precision: finite wherever the input is, and no worse than twice the plain implementation, against float64."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -123,6 +124,16 @@ def test_float64_is_computed_in_float64() -> None:
         assert worst(actual, wanted) < 1e-9  # the plain form's 1e-6 in a column sum of some 50
     unit = EMAUnit(16, num_bases=4).double()
     assert unit(x.float().double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("side", [6, 50])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_leaves_a_float64_unit_alone(training: bool, side: int) -> None:
+    unit, x = EMAUnit(8, num_bases=4).double().train(training), torch.randn(2, 8, side, side).double()
+    other = copy.deepcopy(unit)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+    torch.testing.assert_close(y, other(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
