@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import slow
 from ema_attention import EMAUnit
+from ema_attention._forms import FOLDS_FROM
 from tests.plain import PublishedEMAU
 
 MakeBlock = Callable[[int], nn.Module]
@@ -192,7 +193,7 @@ def _emau_macs(c: int, h: int, w: int) -> int:
 
 
 def _unit_macs(c: int, h: int, w: int) -> int:
-    if h * w <= 2.5 * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
+    if h * w <= FOLDS_FROM * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
         return _emau_macs(c, h, w)
     to_x_and_back = 2 * STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
     return _emau_macs(c, h, w) - c**2 * h * w + to_x_and_back

@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from ema_attention._torch import (
     autocasts,
     differentiates,
+    has_global_hooks,
+    is_forward_mode,
     is_plain,
     is_tracing,
     multiplies_to_float32,
 )
 
 # Both measured with two threads of an AMD EPYC, where a convolution does twice as much a second as a product.
-_FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
-_SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
+FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
+SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
 
 _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
 
@@ -42,7 +44,8 @@ _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
 def plain_form() -> Iterator[None]:
     """Everything inside runs in its plain form: the paper's operations, one by one, and nothing but autograd.
 
-    The results are the same but for rounding. For whoever doubts that, or wants to read a profile or a traceback.
+    The results are the same but for rounding. For whoever doubts that, or wants to read a profile or a traceback. Code
+    that torch.compile, torch.export or torch.jit.trace records is not changed by it.
 
     Example:
         >>> import torch
@@ -70,13 +73,13 @@ def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) ->
         return "called"
     if not _may_choose():
         return "folded" if is_tracing() else "called"
-    is_large = x.device.type != "cuda" and x.shape[2] > _FOLDS_FROM * 2 * stages * num_bases
+    is_large = x.device.type != "cuda" and x.shape[2] > FOLDS_FROM * 2 * stages * num_bases
     return "folded" if is_large else "called"
 
 
 def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
-    """Whether EM on what autograd differentiates gathers the gradient of x (B, C, N) in one product."""
-    return differentiates(x, mu, projection) and _may_choose() and x.shape[2] >= _SAVES_MEMORY_FROM
+    """Whether backward computes the gradient of x (B, C, N) in one product."""
+    return differentiates(x, mu, projection) and _may_choose() and x.shape[2] >= SAVES_MEMORY_FROM
 
 
 def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Literal["folded", "recomputed", "called"]:
@@ -86,7 +89,7 @@ def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Lit
     channel, known beforehand, and nothing is differentiated. Recomputed: backward computes conv2's input again.
     Called: as any other module.
     """
-    if not _may_choose() or x.shape[2] < _SAVES_MEMORY_FROM or not _is_as_made(conv2, x):
+    if not _may_choose() or x.shape[2] < SAVES_MEMORY_FROM or not _is_as_made(conv2, x):
         return "called"
     conv: Any
     norm: Any
@@ -100,8 +103,10 @@ def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Lit
 
 
 def adds_in_place(conv2: nn.Sequential) -> bool:
-    """Whether x is added to conv2's output in place: nobody, its backward included, looks at a BatchNorm's output."""
-    return is_plain(conv2, nn.Sequential) and is_plain(conv2[-1], nn.BatchNorm2d) and _may_choose()
+    """Whether x is added to conv2's output in place: no hook and no backward looks at its BatchNorm's output."""
+    if has_global_hooks() or not _may_choose() or not is_plain(conv2, nn.Sequential):
+        return False
+    return len(conv2) > 0 and is_plain(conv2[-1], nn.BatchNorm2d)
 
 
 def has_half_products(x: Tensor, dtype: torch.dtype) -> bool:
@@ -118,11 +123,11 @@ def has_half_products(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _may_choose() -> bool:
-    return not is_tracing() and not _is_plain_form.get()
+    return not (is_tracing() or is_forward_mode() or _is_plain_form.get())
 
 
 def _is_as_made(conv2: nn.Module, x: Tensor) -> bool:
-    """Whether calling conv2 on x would run the 1×1 convolution and the norm it was made of, and nothing else."""
+    """Whether conv2 is a 1×1 convolution without bias and one more module, with weights in x's dtype or autocast's."""
     if not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
         return False
     conv, norm = conv2

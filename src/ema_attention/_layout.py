@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 
 class Layout(NamedTuple):
@@ -35,14 +33,3 @@ def flatten(x: Tensor, channel_dim: int = 1) -> tuple[Tensor, Layout]:
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of x (B, C, N) lie next to each other in memory."""
     return x.stride(1) < x.stride(2)
-
-
-def convolve(weight: Tensor, x: Tensor) -> Tensor:
-    """The 1×1 convolution of x (B, C, N) with weight (C', C), in the memory layout of x."""
-    return F.conv2d(x.unsqueeze(2), weight[..., None, None]).squeeze(2)
-
-
-def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient (C', C) of the weight of :func:`convolve`, from that of its output."""
-    grad_weight: Tensor = conv2d_weight(x.unsqueeze(2), [*weight.shape, 1, 1], grad.unsqueeze(2))
-    return grad_weight.flatten(1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from ema_attention._blocks import by_blocks
 from ema_attention._forms import adds_in_place, residual_form
-from ema_attention._layout import convolve, convolve_backward, is_channels_last
+from ema_attention._layout import is_channels_last
 from ema_attention._steps import reconstruct
 from ema_attention._torch import (
     at_least_float32,
@@ -107,6 +109,18 @@ class _ReconstructConv(torch.autograd.Function):
                 return None, None, grad_weight, None
             grad = convolve(weight.mT, grad) * rectified.sign()
             return grad @ z, grad.mT @ mu, grad_weight, None
+
+
+def convolve(weight: Tensor, x: Tensor) -> Tensor:
+    """The 1×1 convolution of x (B, C, N) with weight (C', C), in the memory layout of x."""
+    return F.conv2d(insert_row_dimension(x), weight[..., None, None]).squeeze(2)
+
+
+def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient (C', C) of the weight of :func:`convolve`, from that of its output."""
+    size = [*weight.shape, 1, 1]
+    grad_weight: Tensor = conv2d_weight(insert_row_dimension(x), size, insert_row_dimension(grad))
+    return grad_weight.flatten(1)
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

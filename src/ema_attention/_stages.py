@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ema_attention._blocks import by_blocks
@@ -50,7 +51,7 @@ class _Stages(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         problem = Problem(x, absent, projection, scale)
         # a copy of the sums is what the M-step may overwrite
-        return tuple(tensor for stage in run(problem, mu, stages, gather=torch.clone) for tensor in stage)
+        return tuple(tensor for stage in run(problem, mu, stages, reduce=torch.clone) for tensor in stage)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -68,46 +69,42 @@ class _Stages(torch.autograd.Function):
 def _backward(
     ctx: Any, problem: Problem, mu: Tensor, history: list[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    x = problem.x
-    if x.dtype == torch.float16:  # which the gradients of sums over many positions are too small for
+    x, _, projection, scale = problem
+    if x.dtype == torch.float16:  # in which gradients of sums over many positions underflow
         problem = problem._replace(x=x.float())
-    grad_mu, grad_projection = torch.zeros_like(mu), None
+    normalise = partial(maximization, problem._replace(projection=None))
+    grad_mu = torch.zeros_like(mu)
     of_x: list[tuple[Tensor, Tensor]] = []  # the gradient of x is the sum of their products, left · rightᵀ
+    of_projection: list[tuple[Tensor, Tensor]] = []  # and so is the projection's
     for t in reversed(range(0, len(history), 3)):
         _, z, sums = history[t : t + 3]
         before = history[t - 3] if t else mu
         z = z.to(mu.dtype)
-        # M-step: mu = maximization(sums, before), sums = [x; 1] z
-        grad_projection, (grad_sums, grad_before) = _pull(
-            maximization, problem, (sums, before), _add(grad_mu, grads[t]), grad_projection
-        )
+        # M-step: mu = normalise(direction, before), direction = projection · sums, sums = [x; 1] z
+        direction = sums[:, : mu.shape[1]] if projection is None else projection @ sums
+        grad_direction, grad_before = vjp(normalise, direction, before)[1](_add(grad_mu, grads[t]))
+        grad_sums = F.pad(grad_direction, (0, 0, 0, 1)) if projection is None else projection.mT @ grad_direction
         grad_sums = _add(grad_sums, grads[t + 2])
         grad_z = compare(problem, grad_sums).to(mu.dtype)
         of_x.append((grad_sums[:, : x.shape[1]], z))
-        # E-step: z = softmax(logits), logits = [x; 1]ᵀ bases, bases = project(before)
+        # E-step: z = softmax(logits), logits = [x; 1]ᵀ bases, bases = scale · projectionᵀ before
         grad_logits = expectation_backward(z, _add(grad_z, grads[t + 1]))
-        bases = project(problem, before)
         grad_bases = sum_over_positions(problem, grad_logits)
-        grad_projection, (grad_mu,) = _pull(project, problem, (before,), grad_bases, grad_projection)
-        grad_mu = grad_mu + grad_before
-        of_x.append((bases[:, : x.shape[1]], grad_logits))
-    left, right = (torch.cat(factors, -1) for factors in zip(*of_x, strict=True))
-    grad_x = _product(left, right, like=problem.x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_mu = scale * (grad_bases if projection is None else projection @ grad_bases) + grad_before
+        of_x.append((project(problem, before)[:, : x.shape[1]], grad_logits))
+        of_projection += [(grad_direction, sums), (scale * before, grad_bases)]
+    grad_x = grad_projection = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _product(*_concatenated(of_x), like=problem.x).to(x.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_projection = torch.einsum("bik,bjk->ij", *_concatenated(of_projection))
     return grad_x, grad_mu, grad_projection, None, None, None
 
 
-def _pull(
-    step: Any, problem: Problem, arguments: Sequence[Tensor], grad: Tensor, grad_projection: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The gradients of a step's projection, added to what there is of it, and of its arguments."""
-    if problem.projection is None:
-        return None, vjp(partial(step, problem), *arguments)[1](grad)
-
-    def of_projection(projection: Tensor, *arguments: Tensor) -> Tensor:
-        return step(problem._replace(projection=projection), *arguments)  # type: ignore[no-any-return]
-
-    more, *grads = vjp(of_projection, problem.projection, *arguments)[1](grad)
-    return _add(more, grad_projection), tuple(grads)
+def _concatenated(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One left and one right factor (B, *, M) whose product left · rightᵀ is the sum of the pairs' products."""
+    left, right = zip(*pairs, strict=True)
+    return torch.cat(left, -1), torch.cat(right, -1)
 
 
 def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:

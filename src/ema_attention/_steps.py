@@ -1,4 +1,4 @@
-"""The ground that everything stands on: what EM explains, its two steps, and the sums between them.
+"""What EM explains, the E-step, the M-step, and the sums between them: the ground that the rest stands on.
 
 Notation of the paper (Li et al., ICCV 2019, arXiv 1907.13426, section 3.2): X is x, μ is mu, Z is z. One stage is
 
@@ -27,8 +27,8 @@ from ema_attention._torch import (
     without_autocast,
 )
 
-Gather: TypeAlias = Callable[[Tensor], Tensor]
-"""Makes of the sums of the positions held here what the M-step gets, which may overwrite it."""
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Completes the sums over the positions held here with those held elsewhere; the M-step may overwrite its result."""
 
 
 class Problem(NamedTuple):
@@ -48,16 +48,16 @@ class Problem(NamedTuple):
         return Problem(self.x.detach(), self.absent, projection, self.scale)
 
 
-def pose(
+def prepare(
     x: Tensor, mu: Tensor, scale: float, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Problem, Tensor]:
-    """The problem of x (B, C, N) and mask (B, N), and the bases mu to start from as (1, C', K) or (B, C', K).
+    """The problem of x (B, C, N) and mask (B, *spatial), and mu, the bases to start from, (1, C', K) or (B, C', K).
 
     The bases and the projection are float32 or wider. So is x, unless products in its own dtype are faster and as
     good as the plain form's: see :func:`has_half_products`.
     """
     dtype = at_least_float32(x.dtype, mu.dtype)
-    absent = None if mask is None else ~mask[..., None]
+    absent = None if mask is None else ~mask.flatten(1)[..., None]
     if absent is not None:
         x = x.masked_fill(absent.mT, 0.0)  # NaN · 0 would leak out of a padded position
     if not has_half_products(x, dtype):
@@ -77,21 +77,21 @@ class Stage(NamedTuple):
     z: Tensor
     """(B, N, K): the maps, from the bases before it."""
     sums: Tensor
-    """(B, C + 1, K): see :func:`statistics`."""
+    """(B, C + 1, K): the :func:`statistics` before ``reduce``; without one, what the M-step has left of the sums."""
 
 
-def run(problem: Problem, mu: Tensor, stages: int, gather: Gather | None = None) -> Iterator[Stage]:
+def run(problem: Problem, mu: Tensor, stages: int, reduce: Reduce | None = None) -> Iterator[Stage]:
     """EM: so many stages on ``problem`` from bases mu (1 or B, C', K)."""
     for _ in range(stages):
         z = expectation(problem, mu)
-        sums = sum_over_positions(problem, z) if gather is None else statistics(problem, z)
-        mu = maximization(problem, sums if gather is None else gather(sums), mu)
+        sums = sum_over_positions(problem, z) if reduce is None else statistics(problem, z)
+        mu = maximization(problem, sums if reduce is None else reduce(sums), mu)
         yield Stage(mu, z, sums)
 
 
 def expectation(problem: Problem, mu: Tensor) -> Tensor:
     """E-step: the maps z (B, N, K), in x's dtype, for bases mu (1 or B, C', K)."""
-    z = logits(problem, mu).softmax(-1).to(problem.x.dtype)  # the softmax is float32 inside, whatever the dtypes
+    z = logits(problem, mu).softmax(-1).to(problem.x.dtype)  # the softmax is float32 inside, or wider
     return z if problem.absent is None else z.masked_fill(problem.absent, 0.0)
 
 
@@ -165,15 +165,16 @@ def unit_norm(direction: Tensor, fallback: Tensor) -> Tensor:
 def largest(direction: Tensor) -> Tensor:
     """The largest absolute value (..., 1, K) of each column."""
     if direction.device.type == "cpu":
-        return direction.abs().amax(-2, keepdim=True)  # there in 1/18 of the time of the norm
+        return direction.abs().amax(-2, keepdim=True)  # 18 times as fast as the norm there
     norm: Tensor = torch.linalg.vector_norm(direction, math.inf, dim=-2, keepdim=True)
     return norm
 
 
 def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
-    """The product a b (B, *, *) over channels or positions, in the dtype of a; and a row (1 or B, 1, *) to add to it.
+    """The product a b (B, *, *) over channels or positions, plus a row (1 or B, 1, *) if one is given.
 
-    Half precision is accumulated in float32, and the result comes in float32 where the device can give it.
+    Half precision is accumulated in float32. The result is float32 for float16 and where the device can give it, and
+    in the dtype of a elsewhere.
     """
     b = b if b.dtype == a.dtype else b.to(a.dtype)
     b = b.expand(a.shape[0], -1, -1)  # not len(a), which a trace takes for a constant

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import vjp as _vjp
 
 vjp: Any = _vjp  # its annotation demands an auxiliary output that is not asked for here
@@ -62,10 +63,18 @@ def may_overwrite(tensor: Tensor) -> bool:
 
 
 def is_only_data(tensor: Tensor) -> bool:
-    """Whether a tensor is no stand-in: of a trace, of a transform such as vmap, or a subclass."""
-    if is_tracing() or type(tensor) is not Tensor:
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a tensor is no stand-in: of a trace, of a subclass, or under a transform such as vmap."""
+    return type(tensor) is Tensor and not is_tracing() and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether the code runs under a transform of torch.func, whatever tensors that maps over."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives are taken forward (torch.func.jvp, jacfwd), which the autograd.Functions here have not."""
+    return forward_ad._current_level >= 0
 
 
 def multiplies_to_float32(*operands: Tensor) -> bool:
@@ -75,7 +84,7 @@ def multiplies_to_float32(*operands: Tensor) -> bool:
     """
     a = operands[0]
     can = HAS_OUT_DTYPE and a.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16)
-    return can and not is_tracing() and not differentiates(*operands)
+    return can and not (is_tracing() or is_forward_mode() or differentiates(*operands))
 
 
 def is_recomputing() -> bool:
@@ -98,6 +107,12 @@ def is_patched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # PyTorch 2.6 cannot trace vars() of a module.
     return any(hooks) or (not is_tracing() and "forward" in vars(module))
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks on all modules see what a module returns, or its gradient, as profilers and explainers do."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 # Bugs.

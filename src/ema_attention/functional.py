@@ -1,12 +1,7 @@
 """Expectation-Maximization attention as a function.
 
 Li et al., "Expectation-Maximization Attention Networks for Semantic Segmentation", ICCV 2019,
-arXiv 1907.13426, section 3.2. One stage of EM, from bases mu (the paper's μ) and features x (X)::
-
-    E:  z  = softmax over the K bases of (scale · xᵀ mu)
-    M:  mu = normalise(x z)                                  each basis to unit L2 norm
-
-and, after the last stage, out = mu zᵀ. The steps stand in ``_steps``.
+arXiv 1907.13426, section 3.2. The steps of EM stand in ``_steps``.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from ema_attention._checks import GradientMode, check_arguments
 from ema_attention._forms import has_one_product
 from ema_attention._layout import Layout, flatten
 from ema_attention._stages import run_with_one_product
-from ema_attention._steps import Gather, Problem, pose, reconstruct, run
+from ema_attention._steps import Problem, Reduce, prepare, reconstruct, run
 from ema_attention._torch import without_autocast
 
 __all__ = ["EMAttention", "GradientMode", "em_attention"]
@@ -34,7 +29,7 @@ class EMAttention(NamedTuple):
     mu: Tensor
     """(B, C', K): the bases of each sample, unit L2 norm over the channels."""
     z: Tensor
-    """(B, K, *spatial): the attention maps; the K values at a position sum to 1."""
+    """(B, K, *spatial): the attention maps; the K values at a position sum to 1, or are 0 where it is masked."""
 
 
 def em_attention(
@@ -98,30 +93,32 @@ def em_attention(
     """
     check_arguments(x, mu, stages, scale, gradient, mask, weight, bias)
     features, layout = flatten(x)
-    problem, start = pose(features, mu, scale, None if mask is None else mask.flatten(1), weight, bias)
+    problem, start = prepare(features, mu, scale, mask, weight, bias)
     bases, z = expectation_maximization(problem, start, stages, gradient)
     return reconstruction(features, layout, bases.to(mu.dtype), z)
 
 
 def expectation_maximization(
-    problem: Problem, mu: Tensor, stages: int, gradient: GradientMode, gather: Gather | None = None
+    problem: Problem, mu: Tensor, stages: int, gradient: GradientMode, reduce: Reduce | None = None
 ) -> tuple[Tensor, Tensor]:
     """The bases (B, C', K) and maps (B, N, K) after ``stages`` stages from bases mu (B, C', K).
 
-    ``gather`` completes the sums of a stage with those of positions that are held elsewhere.
+    ``reduce`` completes the sums of a stage with those of positions that are held elsewhere.
     """
     with without_autocast(problem.x.device):
         if gradient == "none":
-            return _run(problem.detach(), mu.detach(), stages, gather)
-        if gradient == "last" and stages > 1:
-            mu, _ = _run(problem.detach(), mu.detach(), stages - 1, gather)
-        return _run(problem, mu if gradient == "all" else mu.detach(), 1 if gradient == "last" else stages, gather)
+            problem, mu = problem.detach(), mu.detach()
+        if gradient == "last":
+            if stages > 1:
+                mu, _ = _run(problem.detach(), mu.detach(), stages - 1, reduce)
+            mu, stages = mu.detach(), 1
+        return _run(problem, mu, stages, reduce)
 
 
-def _run(problem: Problem, mu: Tensor, stages: int, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    if gather is None and has_one_product(problem.x, mu, problem.projection):
+def _run(problem: Problem, mu: Tensor, stages: int, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
+    if reduce is None and has_one_product(problem.x, mu, problem.projection):
         return run_with_one_product(problem, mu, stages)
-    last = deque(run(problem, mu, stages, gather), maxlen=1).pop()
+    last = deque(run(problem, mu, stages, reduce), maxlen=1).pop()
     return last.mu, last.z
 
 

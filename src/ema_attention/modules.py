@@ -19,9 +19,9 @@ from ema_attention._checks import (
     check_unit_settings,
 )
 from ema_attention._forms import projection_form
-from ema_attention._layout import flatten
+from ema_attention._layout import Layout, flatten
 from ema_attention._residual import residual
-from ema_attention._steps import Problem, pose, unit_norm
+from ema_attention._steps import Problem, prepare, unit_norm
 from ema_attention._torch import assign_to_buffer, autocast_dtype, insert_row_dimension, is_recomputing, is_tracing
 from ema_attention.functional import expectation_maximization
 
@@ -40,7 +40,8 @@ class EMAUnit(nn.Module):
     leaves it alone. The new bases are averaged over the samples of the batch, of all ranks where
     torch.distributed is initialised (so every rank holds the same buffer, and every rank has to run the
     forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite moves
-    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.) With ``decay=1`` nothing does.
+    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.) With ``decay=1`` the buffer never
+    changes.
 
     Where activation checkpointing runs a forward again, it starts from the bases that the unit's last
     forward started from and moves nothing. (BatchNorm's running statistics move twice. And a unit that runs
@@ -66,7 +67,7 @@ class EMAUnit(nn.Module):
         zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
             nothing at first (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets.
-        channel_dim: where the channels are in the input; 1 for (B, C, \*spatial), -1 for tokens (B, N, C).
+        channel_dim: where the channels are in the input; 1 for (B, C, \*spatial), -1 for (B, N, C) and (B, H, W, C).
         device: of parameters and buffers.
         dtype: of parameters and buffers.
 
@@ -152,18 +153,17 @@ class EMAUnit(nn.Module):
             nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attends; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM.
+        """The unit's output for x; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM.
 
         BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
         """
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
-        positions, layout = flatten(x, self.channel_dim)  # (B, C, N)
-        problem, start = self._pose(positions, self._starting_bases(), mask)
-        mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
-        y = residual(positions, mu, z, self.conv2, self.final_relu)
+        features, layout = flatten(x, self.channel_dim)  # (B, C, N)
+        mu, z = expectation_maximization(*self._prepare(features, mask), self.stages, self.gradient)  # of conv1(x)
+        y = residual(features, mu, z, self.conv2, self.final_relu)  # relu(x + conv2(relu(mu zᵀ)))
         if self.training and self.decay < 1:
             self._move_bases(mu.detach(), z.detach())
-        self._hand_out(layout.restore_maps(z.detach().mT))
+        self._hand_out(z.detach(), layout)
         return layout.restore(y)
 
     @property
@@ -173,20 +173,19 @@ class EMAUnit(nn.Module):
     def _starting_bases(self) -> Tensor:
         """The bases that EM starts from: the unit's, or where a forward is run again those that it started from."""
         if not self.training or is_tracing():
-            return self.mu.clone() if self.training else self.mu  # which moves below
+            return self.mu.clone() if self.training else self.mu  # a copy where _move_bases writes to the buffer
         if self._mu_before is None or not is_recomputing():
             self._mu_before = self.mu.clone()
         return self._mu_before
 
-    def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
+    def _prepare(self, x: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
-        x = x.to(autocast_dtype(x))
-        mask = None if mask is None else mask.flatten(1)
+        x, mu = x.to(autocast_dtype(x)), self._starting_bases()
         if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
-            return pose(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
+            return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
             y = self.conv1(insert_row_dimension(x)).squeeze(2)
-        return pose(y, mu, self.scale, mask, None, None)
+        return prepare(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()
     def _move_bases(self, mu: Tensor, z: Tensor) -> None:
@@ -198,10 +197,10 @@ class EMAUnit(nn.Module):
         moved = unit_norm(torch.lerp(old, average, 1 - self.decay), fallback=old)
         assign_to_buffer(self, "mu", torch.where(average.isnan(), old, moved).to(self.mu.dtype))
 
-    def _hand_out(self, z: Tensor) -> None:
-        """Gives the maps to whoever collects them; see :func:`collect_attention_maps`."""
+    def _hand_out(self, z: Tensor, layout: Layout) -> None:
+        """Gives the maps z (B, N, K) to whoever collects them; see :func:`collect_attention_maps`."""
         for maps, name in self.map_collectors:
-            maps[name] = z
+            maps[name] = layout.restore_maps(z.mT)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what belongs to a pass that is under way stays behind."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_attention._checks import GradientMode, check_arguments
 from ema_attention._layout import flatten
-from ema_attention._steps import pose
+from ema_attention._steps import prepare
 from ema_attention.functional import EMAttention, expectation_maximization, reconstruction
 
 __all__ = ["sharded_em_attention"]
@@ -66,13 +66,13 @@ def sharded_em_attention(
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sharded_em_attention needs torch.distributed; got no initialised process group")
 
-    def gather(sums: Tensor) -> Tensor:
+    def reduce(sums: Tensor) -> Tensor:
         total: Tensor = _AllReduce.apply(sums, group)
         return total
 
     features, layout = flatten(x)
-    problem, start = pose(features, mu, scale, None if mask is None else mask.flatten(1), weight, bias)
-    bases, z = expectation_maximization(problem, start, stages, gradient, gather)
+    problem, start = prepare(features, mu, scale, mask, weight, bias)
+    bases, z = expectation_maximization(problem, start, stages, gradient, reduce)
     return reconstruction(features, layout, bases.to(mu.dtype), z)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ema_attention._checks import check_arguments
 from ema_attention._layout import flatten
-from ema_attention._steps import Problem, expectation, maximization, pose, statistics
+from ema_attention._steps import Problem, expectation, maximization, prepare, statistics
 from ema_attention._torch import at_least_float32, without_autocast
 from ema_attention.functional import EMAttention, reconstruction
 
@@ -73,7 +73,7 @@ class TiledEMAttention:
             ValueError: for a tile that is not finite, besides what :func:`em_attention` raises.
         """
         with without_autocast(x.device):
-            problem, mu = self._pose(x, self._mu, mask)
+            problem, mu = self._prepare(x, self._mu, mask)
             sums = statistics(problem, expectation(problem, mu)).cpu().double()
         if not sums.isfinite().all():
             raise ValueError("x must be finite where it takes part; got a tile that is not")
@@ -89,7 +89,7 @@ class TiledEMAttention:
         if self._sums is None:
             raise ValueError("step needs the tiles of a stage; got none since the last step")
         weight, bias = (None if p is None else p.cpu() for p in (self._weight, self._bias))
-        problem, _ = pose(self._sums, self._mu, self._scale, None, weight, bias)
+        problem, _ = prepare(self._sums, self._mu, self._scale, None, weight, bias)
         with without_autocast(self._mu.device):
             self._mu_before, self._mu = self._mu, maximization(problem, self._sums.clone(), self._mu)
         self._sums = None
@@ -104,7 +104,7 @@ class TiledEMAttention:
         if self._mu_before is None:
             raise ValueError("attend needs a stage to have ended; got no step yet")
         with without_autocast(x.device):
-            problem, mu = self._pose(x, self._mu_before, mask)
+            problem, mu = self._prepare(x, self._mu_before, mask)
             z = expectation(problem, mu)
         features, layout = flatten(x)
         return reconstruction(features, layout, self._mu.to(z), z)._replace(mu=self.mu)
@@ -129,7 +129,7 @@ class TiledEMAttention:
         assert mu is not None  # for the type checker
         self._mu, self._mu_before, self._sums = mu, state_dict["mu_before"], state_dict["sums"]
 
-    def _pose(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
+    def _prepare(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""
         mu = mu.to(x.device, at_least_float32(self._dtype))
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
@@ -138,5 +138,4 @@ class TiledEMAttention:
         if len(x) != len(seen) and (self._sums is not None or self._mu_before is not None):
             raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
         features, _ = flatten(x)
-        positions = None if mask is None else mask.flatten(1)
-        return pose(features.to(at_least_float32(x.dtype, mu.dtype)), mu, self._scale, positions, weight, bias)
+        return prepare(features.to(at_least_float32(x.dtype, mu.dtype)), mu, self._scale, mask, weight, bias)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -194,6 +195,19 @@ def test_per_sample_gradients_of_a_unit_of_any_size(side: int, gradient: str) ->
                 torch.testing.assert_close(per_sample[name][b], parameter.grad)
 
 
+def test_an_ensemble_that_differs_in_one_weight() -> None:
+    unit, x = EMAUnit(8, num_bases=4).eval(), torch.randn(2, 8, 48, 48)
+    weights = torch.randn(3, 8, 8, 1, 1)
+
+    def one(weight: Tensor) -> Tensor:
+        return functional_call(unit, {"conv2.0.weight": weight}, (x,))
+
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            for actual, weight in zip(vmap(one)(weights), weights, strict=True):
+                torch.testing.assert_close(actual, one(weight), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # PyTorch's own decompositions
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_forward_derivatives_of_a_large_input() -> None:
@@ -203,6 +217,23 @@ def test_forward_derivatives_of_a_large_input() -> None:
     step = 1e-5 * direction
     ahead, behind = em_attention(x + step, mu, 2).out, em_attention(x - step, mu, 2).out
     torch.testing.assert_close(derivative, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("gradient", ["all", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_derivatives_of_a_unit(training: bool, gradient: str) -> None:
+    # BatchNorm's counter of batches has no forward derivative in training mode, and decay < 1 moves a buffer likewise
+    norm = partial(nn.GroupNorm, 2) if training else nn.BatchNorm2d
+    unit = EMAUnit(8, num_bases=4, gradient=gradient, decay=1, norm_layer=norm, final_relu=False).double()
+    unit.train(training)
+    x, direction = torch.randn(2, 2, 8, 48, 48).double()
+    _, forward = jvp(unit, (x,), (direction,))
+    upstream = torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    (backward,) = torch.autograd.grad(unit(leaf), leaf, upstream)
+    torch.testing.assert_close((forward * upstream).sum(), (backward * direction).sum())
 
 
 def test_jacobian() -> None:

@@ -153,6 +153,31 @@ def test_a_convolution_of_several_positions_is_called_as_it_is() -> None:
             torch.testing.assert_close(y, unit(x))
 
 
+@pytest.mark.parametrize("side", [6, 48])
+def test_hooks_on_all_modules_see_what_a_norm_returned(side: int) -> None:
+    unit, x = EMAUnit(8, 4, gradient="all"), torch.randn(2, 8, side, side, requires_grad=True)
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if isinstance(module, nn.BatchNorm2d):
+            seen["output"], seen["as it was"] = y, y.detach().clone()
+
+    def look(module: nn.Module, *gradients: object) -> None:
+        seen.setdefault("backward", x)
+
+    handles = [
+        nn.modules.module.register_module_forward_hook(keep),
+        nn.modules.module.register_module_full_backward_hook(look),
+    ]
+    try:
+        unit(x).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(seen["output"], seen["as it was"], rtol=0, atol=0)
+    assert "backward" in seen
+
+
 def test_autocast_folds_the_norm_too(calls: list[str]) -> None:
     unit = trained_like(EMAUnit(8, 4)).eval()
     x = torch.randn(2, 8, 48, 48)

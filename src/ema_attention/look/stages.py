@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_attention._checks import check_arguments
 from ema_attention._layout import Layout, flatten
-from ema_attention._steps import Problem, logits, pose, run
+from ema_attention._steps import Problem, logits, prepare, run
 from ema_attention._torch import without_autocast
 from ema_attention.modules import EMAUnit
 
@@ -60,7 +60,7 @@ def em_stages(
     """
     check_arguments(x, mu, stages, scale, "none", mask, weight, bias)
     features, layout = flatten(x)
-    problem, start = pose(features, mu, scale, None if mask is None else mask.flatten(1), weight, bias)
+    problem, start = prepare(features, mu, scale, mask, weight, bias)
     return _watch(problem, start, stages, layout)
 
 
@@ -125,5 +125,5 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
 
 
 def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
-    positions, layout = flatten(x, unit.channel_dim)
-    return _watch(*unit._pose(positions, unit.mu, mask), unit.stages, layout)
+    features, layout = flatten(x, unit.channel_dim)
+    return _watch(*unit._prepare(features, mask), unit.stages, layout)
