@@ -79,6 +79,7 @@ def test_what_the_table_changes_is_otherwise_in_order() -> None:
 
 
 UNIT_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (np.ones((2, 4, 6)), TypeError, "x must be a Tensor; got ndarray"),
     (torch.randn(4, 6), ValueError, r"x must have 3 dimensions or more and 4 channels in dimension 1; got \(4, 6\)"),
     (torch.randn(2, 3, 6), ValueError, r"4 channels in dimension 1; got \(2, 3, 6\)"),
     (torch.ones(2, 4, 6, dtype=torch.long), TypeError, "x must have the dtype of the unit, torch.float32; got .*int64"),

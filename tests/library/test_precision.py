@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ema_attention import EMAUnit, em_attention
+from ema_attention import EMAUnit, em_attention, plain_form
+from ema_attention._stages import run_with_one_product
+from ema_attention._steps import prepare
 from tests.plain import PublishedEMAU
 from tests.plain import em_attention as plain_em_attention
 
@@ -190,3 +192,28 @@ def test_results_and_every_gradient_are_within_twice_the_plain_error(
         # where the plain form overflows, anything is as good
         for error, allowed in torch.tensor(errors).nan_to_num(torch.inf).median(0).values.tolist():
             assert error <= 2 * allowed + torch.finfo(dtype).smallest_normal, positions
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_the_plain_form_has_float32_products(dtype: torch.dtype) -> None:
+    x, mu = (t.to(dtype) for t in clusters(2, 16, 4, 200, 3.0))
+    with plain_form():
+        actual = em_attention(x, mu.float(), 3)
+    expected = em_attention(x.float(), mu.float(), 3)
+    assert torch.equal(actual.mu, expected.mu)
+    assert torch.equal(actual.z, expected.z.to(dtype))
+
+
+def test_one_product_of_float16_features_as_a_gpu_keeps_them() -> None:
+    """Sums over 10⁵ values of 100 leave the range of float16, and their gradients fall below it."""
+    x, mu = clusters(1, 8, 4, 100_000, 100.0)
+    weight, upstream = torch.eye(8) + 0.05 * torch.randn(8, 8), 0.1 * torch.randn(1, 8, 4)
+    gradients = []
+    for dtype, wide in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        features = x.half().to(dtype)
+        leaves = [mu[0].to(wide).requires_grad_(), weight.to(wide).requires_grad_()]
+        problem, start = prepare(features, leaves[0], 1.0, None, leaves[1], None)
+        bases, _ = run_with_one_product(problem._replace(x=features), start, 2)
+        gradients.append(torch.autograd.grad(bases, leaves, upstream.to(wide)))
+    for actual, expected in zip(*gradients, strict=True):
+        assert typical(actual, expected) <= 1e-2 * expected.pow(2).mean().sqrt()
