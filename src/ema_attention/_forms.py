@@ -33,6 +33,8 @@ from ema_attention._torch import (
     multiplies_to_float32,
 )
 
+HALF = (torch.bfloat16, torch.float16)
+
 # Both measured with two threads of an AMD EPYC, where a convolution does twice as much a second as a product.
 FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
 SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
@@ -66,15 +68,15 @@ def plain_form() -> Iterator[None]:
 def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) -> Literal["folded", "called"]:
     """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, or by calling conv1.
 
-    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. A GPU's convolution runs on its tensor cores,
-    in half precision and by default in float32 (TF32); the float32 products with the bases would not.
+    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But half precision is what a device convolves
+    fastest in, and so is TF32 on a GPU, where it is the default; the float32 products with the bases gain from neither.
     """
     if not _is_pointwise(conv1):
         return "called"
     if not _may_choose():
         return "folded" if is_tracing() else "called"
-    is_large = x.device.type != "cuda" and x.shape[2] > FOLDS_FROM * 2 * stages * num_bases
-    return "folded" if is_large else "called"
+    convolves_faster = x.device.type == "cuda" or x.dtype in HALF
+    return "folded" if x.shape[2] > FOLDS_FROM * 2 * stages * num_bases and not convolves_faster else "called"
 
 
 def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
@@ -115,7 +117,7 @@ def has_half_products(x: Tensor, dtype: torch.dtype) -> bool:
     That is what half precision is fast at. But a sum over positions leaves the range of float16, unless the device
     gives the float32 that it is accumulated in.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or dtype != torch.float32:
+    if x.dtype not in HALF or dtype != torch.float32:
         return False
     if not (is_tracing() or _may_choose()):
         return False

@@ -11,36 +11,40 @@ from torch.nn.grad import conv2d_weight
 
 from ema_attention._blocks import by_blocks
 from ema_attention._forms import adds_in_place, residual_form
-from ema_attention._layout import is_channels_last
+from ema_attention._layout import Layout, is_channels_last
 from ema_attention._steps import reconstruct
 from ema_attention._torch import (
     at_least_float32,
     autocast_dtype,
-    insert_row_dimension,
+    mend_batch_stride,
     mend_gradient_of_one_sample,
     without_autocast,
 )
 
 
-def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu: bool) -> Tensor:
-    """Computes x + conv2(relu(mu zᵀ)), then ReLU, of x (B, C, N), bases mu (B, C', K) and maps z (B, N, K)."""
+def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu: bool, layout: Layout) -> Tensor:
+    """Computes x + conv2(relu(mu zᵀ)), then ReLU, in the layout that x (B, C, N) came from.
+
+    Of bases mu (B, C', K) and maps z (B, N, K).
+    """
     z = z.to(autocast_dtype(x))
     mu = mu.to(z.dtype)
     form = residual_form(conv2, x, mu, z)
     if form == "folded":
         with without_autocast(x.device):
-            return inference_tail(x, mu, z, *fold_norm(conv2), final_relu)
+            return layout.restore(inference_tail(x, mu, z, *fold_norm(conv2), final_relu))
     if form == "recomputed":
         weight: Any = conv2[0].weight
-        y: Tensor = conv2[1](insert_row_dimension(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x)))
+        y = layout.image(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x))
+        y = conv2[1](mend_batch_stride(y))
     else:
-        y = conv2(insert_row_dimension(reconstruct(mu, z, like=x).relu_()))
-    image = insert_row_dimension(x)
+        y = conv2(layout.image(reconstruct(mu, z, like=x).relu_()))
+    image = layout.image(x)
     # in place where nobody, its backward included, looks at the norm's output
     y = y.add_(image) if adds_in_place(conv2) and y.dtype == x.dtype else y + image
-    y = (y.relu_() if final_relu else y).squeeze(2)
+    y = y.relu_() if final_relu else y
     mend_gradient_of_one_sample(y)
-    return y
+    return layout.restore_image(y)
 
 
 def fold_norm(conv2: nn.Sequential) -> tuple[Tensor, Tensor]:
@@ -113,13 +117,13 @@ class _ReconstructConv(torch.autograd.Function):
 
 def convolve(weight: Tensor, x: Tensor) -> Tensor:
     """The 1×1 convolution of x (B, C, N) with weight (C', C), in the memory layout of x."""
-    return F.conv2d(insert_row_dimension(x), weight[..., None, None]).squeeze(2)
+    return F.conv2d(x[:, :, None], weight[..., None, None]).squeeze(2)
 
 
 def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:
     """The gradient (C', C) of the weight of :func:`convolve`, from that of its output."""
     size = [*weight.shape, 1, 1]
-    grad_weight: Tensor = conv2d_weight(insert_row_dimension(x), size, insert_row_dimension(grad))
+    grad_weight: Tensor = conv2d_weight(x[:, :, None], size, grad[:, :, None])
     return grad_weight.flatten(1)
 
 

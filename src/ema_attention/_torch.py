@@ -130,25 +130,19 @@ def assign_to_buffer(module: nn.Module, name: str, value: Tensor) -> None:
         module.get_buffer(name).copy_(value)
 
 
-def insert_row_dimension(x: Tensor) -> Tensor:
-    """View of x (B, C, N) as (B, C, 1, N), for modules made for images.
-
-    Not as (B, C, N, 1): from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong on a
-    CPU (PyTorch 2.14 and 2.15; test_unit_equals_its_formula).
-    """
-    return x.unsqueeze(2)
-
-
 def mend_gradient_of_one_sample(y: Tensor) -> None:
-    """Gives the gradient of y (1, C, N) the batch stride that its layout has, when it comes.
-
-    Views of a batch of one may have any, and BatchNorm2d's gradient is wrong on a CPU for some (PyTorch 2.14 and 2.15;
-    test_gradients_of_a_batch_of_one_in_any_memory_format).
-    """
+    """Gives the gradient of y (B, C, H, W) its batch stride, when it comes; see :func:`mend_batch_stride`."""
     if not is_tracing() and y.requires_grad and len(y) == 1:
-        y.register_hook(_with_batch_stride)
+        y.register_hook(lambda grad: grad if grad is None else mend_batch_stride(grad))  # None of a constant Function
 
 
-def _with_batch_stride(grad: Tensor) -> Tensor:
-    is_channels_last = grad.stride(1) < grad.stride(2)
-    return grad[0].mT[None].mT if is_channels_last else grad[0][None]
+def mend_batch_stride(y: Tensor) -> Tensor:
+    """View of y (B, C, H, W) that has the batch stride of its layout, where the batch is one.
+
+    A batch of one may have any, and BatchNorm2d's gradient is wrong on a CPU for some (PyTorch 2.14 and 2.15;
+    test_unit_equals_its_formula and test_gradients_of_a_batch_of_one_in_any_memory_format).
+    """
+    if is_tracing() or len(y) != 1:
+        return y
+    is_channels_last = y.stride(1) < y.stride(3)
+    return y[0].movedim(0, -1)[None].movedim(-1, 1) if is_channels_last else y[0][None]

@@ -22,7 +22,7 @@ from ema_attention._forms import projection_form
 from ema_attention._layout import Layout, flatten
 from ema_attention._residual import residual
 from ema_attention._steps import Problem, prepare, unit_norm
-from ema_attention._torch import assign_to_buffer, autocast_dtype, insert_row_dimension, is_recomputing, is_tracing
+from ema_attention._torch import assign_to_buffer, autocast_dtype, is_recomputing, is_tracing
 from ema_attention.functional import expectation_maximization
 
 __all__ = ["EMAUnit"]
@@ -63,7 +63,8 @@ class EMAUnit(nn.Module):
             BatchNorm's momentum, which weighs the new).
         gradient: what is differentiated; see :func:`em_attention`. ``"none"`` is the paper.
         scale: sharpness of the E-step.
-        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, 1, N).
+        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, H, W), or (B, C, 1, N)
+            where x is no image.
         zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
             nothing at first (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets.
@@ -159,12 +160,12 @@ class EMAUnit(nn.Module):
         """
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
-        mu, z = expectation_maximization(*self._prepare(features, mask), self.stages, self.gradient)  # of conv1(x)
-        y = residual(features, mu, z, self.conv2, self.final_relu)  # relu(x + conv2(relu(mu zᵀ)))
+        mu, z = expectation_maximization(*self._prepare(features, layout, mask), self.stages, self.gradient)
+        y = residual(features, mu, z, self.conv2, self.final_relu, layout)  # relu(x + conv2(relu(mu zᵀ)))
         if self.training and self.decay < 1:
             self._move_bases(mu.detach(), z.detach())
         self._hand_out(z.detach(), layout)
-        return layout.restore(y)
+        return y
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -178,13 +179,13 @@ class EMAUnit(nn.Module):
             self._mu_before = self.mu.clone()
         return self._mu_before
 
-    def _prepare(self, x: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
+    def _prepare(self, x: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
         x, mu = x.to(autocast_dtype(x)), self._starting_bases()
         if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
-            y = self.conv1(insert_row_dimension(x)).squeeze(2)
+            y = self.conv1(layout.image(x)).flatten(2)
         return prepare(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()

@@ -65,6 +65,30 @@ def test_gradients_of_a_batch_of_one_in_any_memory_format(
         torch.testing.assert_close(one, other)
 
 
+def test_a_batch_of_one_takes_no_gradient() -> None:
+    class Constant(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> None:
+            return None
+
+    x = torch.randn(1, 8, 3, 4, requires_grad=True)
+    (Constant.apply(EMAUnit(8, 4)(x)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_modules_in_a_unit_see_an_image(channel_dim: int) -> None:
+    unit = EMAUnit(8, 4, gradient="all", norm_layer=nn.Identity, channel_dim=channel_dim).eval()
+    unit.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+    unit.conv2[0] = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+    x = torch.randn(2, 8, 5, 7)
+    torch.testing.assert_close(unit(x.movedim(1, channel_dim)).movedim(channel_dim, 1), formula(unit, x))
+
+
 def test_published_names_and_shapes_load_strictly() -> None:
     published = {
         "mu": torch.randn(1, 512, 64),
