@@ -6,6 +6,7 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ema_attention._torch import autocasts
@@ -102,6 +103,12 @@ def check_unit_settings(decay: float, channel_dim: int) -> None:
     check_integer("channel_dim", channel_dim)
     if channel_dim == 0:
         raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
+
+
+def check_group(group: object) -> None:
+    """Raises for what is no process group of this rank: torch.distributed.new_group gives such to ranks outside it."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"the process group must have this rank in it; got {group!r}")
 
 
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:

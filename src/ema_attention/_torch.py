@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import vjp as _vjp
@@ -21,6 +23,11 @@ HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 def is_tracing() -> bool:
     """Whether the code that runs is being recorded (torch.compile, torch.export, torch.jit.trace)."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_exporting() -> bool:
+    """Whether torch.export records the code; PyTorch 2.6 does not say."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
@@ -64,12 +71,12 @@ def may_overwrite(tensor: Tensor) -> bool:
 
 def is_only_data(tensor: Tensor) -> bool:
     """Whether a tensor is no stand-in: of a trace, of a subclass, or under a transform such as vmap."""
-    return type(tensor) is Tensor and not is_tracing() and not is_transformed()
+    return type(tensor) is Tensor and not (is_tracing() or is_transformed())
 
 
 def is_transformed() -> bool:
     """Whether the code runs under a transform of torch.func, whatever tensors that maps over."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_tracing() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_forward_mode() -> bool:
@@ -87,9 +94,26 @@ def multiplies_to_float32(*operands: Tensor) -> bool:
     return can and not (is_tracing() or is_forward_mode() or differentiates(*operands))
 
 
-def is_recomputing() -> bool:
-    """Whether a forward runs inside a backward, as it does where activation checkpointing runs it again."""
+def is_in_backward() -> bool:
+    """Whether the code runs inside a backward, as a forward does that activation checkpointing runs again."""
     return not is_tracing() and torch._C._current_graph_task_id() != -1
+
+
+def saved_tensors_hooks() -> tuple[Any, ...] | None:
+    """The hooks that take what a graph would save, as checkpointing has them; None if there are none.
+
+    An empty tuple where no graph is made, and where PyTorch does not say (2.6).
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None or not torch.is_grad_enabled():
+        return ()
+    hooks: tuple[Any, ...] | None = top(True)
+    return hooks
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed is initialised; not by is_initialized, which compiled code asks only once."""
+    return dist.is_available() and dist.distributed_c10d._world.default_pg is not None
 
 
 # Modules that are more than their class.
@@ -118,16 +142,45 @@ def has_global_hooks() -> bool:
 # Bugs.
 
 
-def assign_to_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Gives a buffer a new value: in place, but for compiled code.
+@torch.library.custom_op("ema_attention::snapshot", mutates_args=(), schema="(Tensor x) -> Tensor")
+def snapshot(x: Tensor) -> Tensor:
+    """A copy of a buffer that compiled code moves afterwards.
 
-    A compiled backward may read a buffer again that the forward has moved in place: pytorch/pytorch#197039, PyTorch
-    2.6 to 2.15; test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd.
+    The backward that torch.compile makes may copy the buffer itself again, which the forward has moved by then:
+    pytorch/pytorch#197039, PyTorch 2.6 to 2.15; test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd.
+    What an operation of our own gave is kept for it.
     """
-    if torch.compiler.is_compiling():
-        setattr(module, name, value)
-    else:
-        module.get_buffer(name).copy_(value)
+    return x.clone()
+
+
+@snapshot.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _GiveZeroGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return *grads, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def give_zero_gradient(y: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The tensor y, whose backward gives parameters that it does not depend on a gradient of 0.
+
+    DistributedDataParallel stops where a trainable parameter gets none.
+    """
+    result: Tensor = _GiveZeroGradient.apply(y, *parameters)
+    return result
 
 
 def mend_gradient_of_one_sample(y: Tensor) -> None:

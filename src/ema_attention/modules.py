@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ema_attention._average import average_over_batch, average_over_ranks
 from ema_attention._checks import (
     GradientMode,
+    check_group,
     check_positive_integers,
     check_settings,
     check_unit_input,
@@ -20,12 +25,30 @@ from ema_attention._checks import (
 )
 from ema_attention._forms import projection_form
 from ema_attention._layout import Layout, flatten
+from ema_attention._recomputation import Starts
 from ema_attention._residual import residual
 from ema_attention._steps import Problem, prepare, unit_norm
-from ema_attention._torch import assign_to_buffer, autocast_dtype, is_recomputing, is_tracing
+from ema_attention._torch import (
+    autocast_dtype,
+    give_zero_gradient,
+    is_distributed,
+    is_exporting,
+    is_in_backward,
+    is_tracing,
+    is_transformed,
+    snapshot,
+)
 from ema_attention.functional import expectation_maximization
 
 __all__ = ["EMAUnit"]
+
+
+class MapCollector(NamedTuple):
+    """Where a unit leaves its maps; see :func:`collect_attention_maps`."""
+
+    maps: dict[str, Tensor]
+    name: str
+    thread: int
 
 
 class EMAUnit(nn.Module):
@@ -37,16 +60,17 @@ class EMAUnit(nn.Module):
 
     See :func:`em_attention` for the attention. The bases it starts from are the buffer ``mu``
     (1, C', K), a moving average over what EM found: each forward in training mode moves it, and eval
-    leaves it alone. The new bases are averaged over the samples of the batch, of all ranks where
-    torch.distributed is initialised (so every rank holds the same buffer, and every rank has to run the
-    forward), then ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite moves
-    no basis. (BatchNorm's running statistics, here as everywhere, do become NaN.) With ``decay=1`` the buffer never
-    changes.
+    leaves it alone. The new bases are averaged over the samples of the batch, then
+    ``mu = normalise(decay · mu + (1 - decay) · average)``. A batch that is not finite moves no basis. (BatchNorm's
+    running statistics, here as everywhere, do become NaN.) With ``decay=1`` the buffer never changes.
 
-    Where activation checkpointing runs a forward again, it starts from the bases that the unit's last
-    forward started from and moves nothing. (BatchNorm's running statistics move twice. And a unit that runs
-    more than once before a backward is recomputed from its last start only; and one that torch.compile has
-    compiled cannot tell: compile around the checkpoint, and allow graph breaks.)
+    Where torch.distributed is initialised, each forward in training mode sums C'·K + 1 numbers over the ranks, so
+    that they all hold the same bases. As with SyncBatchNorm, every rank of ``process_group`` has to run that forward
+    equally often. With ``sync_bases=False``, with ``decay=1`` and in eval nothing is communicated.
+
+    Where activation checkpointing runs a forward again, it starts from the bases that this forward started
+    from and moves nothing. (BatchNorm's running statistics move twice. A unit that torch.compile has compiled
+    cannot tell: compile around the checkpoint, and allow graph breaks.)
 
     Where there are many positions, ``conv1`` is not run: its weights are folded into the bases, which gives the
     same function for less. (One with hooks, or replaced by a module of another kind, is always run.) With
@@ -61,7 +85,8 @@ class EMAUnit(nn.Module):
         inner_channels: C', the width of the space attended in; ``None`` for ``channels``, as published.
         decay: weight of the old bases in the moving average, from 0 to 1 (the paper's momentum 0.9; not
             BatchNorm's momentum, which weighs the new).
-        gradient: what is differentiated; see :func:`em_attention`. ``"none"`` is the paper.
+        gradient: what is differentiated; see :func:`em_attention`. ``"none"`` is the paper: no gradient can reach
+            conv1, and it is frozen. It can be set later, which freezes conv1 or makes it trainable.
         scale: sharpness of the E-step.
         norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, H, W), or (B, C, 1, N)
             where x is no image.
@@ -69,6 +94,9 @@ class EMAUnit(nn.Module):
             nothing at first (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets.
         channel_dim: where the channels are in the input; 1 for (B, C, \*spatial), -1 for (B, N, C) and (B, H, W, C).
+        sync_bases: whether the new bases are averaged over ranks, too. (DistributedDataParallel copies rank 0's buffers
+            to all ranks unless it has ``broadcast_buffers=False``.)
+        process_group: the ranks; ``None`` for all.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
 
@@ -105,6 +133,8 @@ class EMAUnit(nn.Module):
         zero_init: bool = False,
         final_relu: bool = True,
         channel_dim: int = 1,
+        sync_bases: bool = True,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -113,16 +143,18 @@ class EMAUnit(nn.Module):
         inner_channels = channels if inner_channels is None else inner_channels
         check_positive_integers(channels=channels, num_bases=num_bases, inner_channels=inner_channels)
         check_unit_settings(decay, channel_dim)
+        check_group(process_group)
         self.channels = channels
         self.num_bases = num_bases
         self.stages = stages
         self.inner_channels = inner_channels
         self.decay = decay
-        self.gradient: GradientMode = gradient
         self.scale = scale
         self.zero_init = zero_init
         self.final_relu = final_relu
         self.channel_dim = channel_dim
+        self.sync_bases = sync_bases
+        self.process_group = process_group
         self.register_buffer("mu", torch.empty(1, inner_channels, num_bases, device=device, dtype=dtype))
         self.conv1 = nn.Conv2d(channels, inner_channels, 1, device=device, dtype=dtype)
         self.conv2 = nn.Sequential(
@@ -131,10 +163,22 @@ class EMAUnit(nn.Module):
         )
         if device is not None or dtype is not None:
             self.conv2[1].to(device=device, dtype=dtype)
-        self.map_collectors: list[tuple[dict[str, Tensor], str]] = []  # filled by _hand_out
-        self._mu_before: Tensor | None = None  # what the last forward in training mode started from
-        self.conv1.requires_grad_(gradient != "none")
+        self.map_collectors: list[MapCollector] = []  # filled by _hand_out
+        self._starts = Starts()
+        self._is_traced = False
+        self.gradient = gradient
         self.reset_parameters()
+
+    @property
+    def gradient(self) -> GradientMode:
+        """What is differentiated: ``"all"``, ``"last"`` or ``"none"``; only without ``"none"`` is conv1 trained."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, gradient: GradientMode) -> None:
+        check_settings(self.stages, self.scale, gradient)
+        self.conv1.requires_grad_(gradient != "none")
+        self._gradient: GradientMode = gradient
 
     def reset_parameters(self) -> None:
         """Draws the bases and the convolutions anew, as published: N(0, √(2/K)) then unit norm, N(0, √(2/C_out))."""
@@ -160,28 +204,38 @@ class EMAUnit(nn.Module):
         """
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
-        mu, z = expectation_maximization(*self._prepare(features, layout, mask), self.stages, self.gradient)
+        start, moves = self._starting_bases(features)
+        problem, start = self._prepare(features, layout, mask, start)  # EM's, of conv1(x)
+        mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
         y = residual(features, mu, z, self.conv2, self.final_relu, layout)  # relu(x + conv2(relu(mu zᵀ)))
-        if self.training and self.decay < 1:
+        if moves:
             self._move_bases(mu.detach(), z.detach())
         self._hand_out(z.detach(), layout)
-        return y
+        return y if self.gradient != "none" else self._without_gradient_of_conv1(y)
 
     @property
     def _dtype(self) -> torch.dtype:
         return [*self.conv1.parameters(), self.mu][0].dtype  # not next(), which PyTorch 2.6 cannot trace
 
-    def _starting_bases(self) -> Tensor:
-        """The bases that EM starts from: the unit's, or where a forward is run again those that it started from."""
-        if not self.training or is_tracing():
-            return self.mu.clone() if self.training else self.mu  # a copy where _move_bases writes to the buffer
-        if self._mu_before is None or not is_recomputing():
-            self._mu_before = self.mu.clone()
-        return self._mu_before
+    def _starting_bases(self, x: Tensor) -> tuple[Tensor, bool]:
+        """The bases that EM of x (B, C, N) starts from, and whether the unit's move after it."""
+        if not self.training or self.decay == 1:
+            return self.mu, False
+        if is_tracing():
+            if not is_exporting():  # torch.compile leaves a checkpoint with this to eager mode; its own copies mu anew
+                self._is_traced = True
+            return snapshot(self.mu), True
+        if is_in_backward():
+            start = self._starts.find(x)
+            if start is not None:  # a forward that is run again
+                return start, False
+        start = self.mu.clone()  # _move_bases writes to the buffer
+        self._starts.keep(x, start)
+        return start, True
 
-    def _prepare(self, x: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Problem, Tensor]:
-        """EM's problem on conv1(x) of x (B, C, N), and the bases (1, C', K) to start from."""
-        x, mu = x.to(autocast_dtype(x)), self._starting_bases()
+    def _prepare(self, x: Tensor, layout: Layout, mask: Tensor | None, mu: Tensor) -> tuple[Problem, Tensor]:
+        """EM's problem on conv1(x) of x (B, C, N), and the bases mu (1, C', K) to start from."""
+        x = x.to(autocast_dtype(x))
         if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
@@ -190,22 +244,44 @@ class EMAUnit(nn.Module):
 
     @torch.no_grad()
     def _move_bases(self, mu: Tensor, z: Tensor) -> None:
-        """One step of the moving average towards the bases mu (B, C', K) that EM found; none where it runs again."""
-        if is_recomputing():
-            return
+        """One step of the moving average towards the bases mu (B, C', K) that EM found."""
         old = self.mu.to(mu.dtype)
-        average = _average_over_batch(mu, z)
+        is_synced = self.sync_bases and is_distributed()
+        average = average_over_ranks(mu, z, self.process_group) if is_synced else average_over_batch(mu, z)
         moved = unit_norm(torch.lerp(old, average, 1 - self.decay), fallback=old)
-        assign_to_buffer(self, "mu", torch.where(average.isnan(), old, moved).to(self.mu.dtype))
+        self.mu.copy_(torch.where(average.isnan(), old, moved))
+
+    def _without_gradient_of_conv1(self, y: Tensor) -> Tensor:
+        """The output y, and a warning if conv1 was made trainable since: its gradient is 0."""
+        if not torch.is_grad_enabled() or is_transformed():
+            return y
+        unfrozen = [p for p in self.conv1.parameters() if p.requires_grad]
+        if not unfrozen:
+            return y
+        if not is_tracing():
+            warnings.warn(
+                "EMAUnit with gradient='none' does not train conv1, which has parameters that require a gradient: set "
+                "unit.gradient = 'all', or freeze them by unit.conv1.requires_grad_(False)",
+                stacklevel=3,
+            )
+        return give_zero_gradient(y, unfrozen)
 
     def _hand_out(self, z: Tensor, layout: Layout) -> None:
         """Gives the maps z (B, N, K) to whoever collects them; see :func:`collect_attention_maps`."""
-        for maps, name in self.map_collectors:
-            maps[name] = layout.restore_maps(z.mT)
+        for maps, name, thread in self.map_collectors:
+            if is_tracing() or thread == threading.get_ident():
+                maps[name] = layout.restore_maps(z.mT)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what belongs to a pass that is under way stays behind."""
-        return {**self.__dict__, "map_collectors": [], "_mu_before": None}
+        return {**self.__dict__, "map_collectors": [], "_starts": Starts()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EMAUnit:
+        memo[id(self.process_group)] = self.process_group  # a group cannot be copied, and the copy belongs to the same
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return copied
 
     def extra_repr(self) -> str:
         return (
@@ -213,16 +289,3 @@ class EMAUnit(nn.Module):
             f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
             f"channel_dim={self.channel_dim}"
         )
-
-
-def _average_over_batch(mu: Tensor, z: Tensor) -> Tensor:
-    """The average (1, C', K) of the bases mu (B, C', K) over the batch, of all ranks; NaN where no batch is finite."""
-    not_finite = z.sum(dtype=mu.dtype) * 0  # 0, or NaN: x that is not finite anywhere shows in the maps
-    if not (dist.is_available() and dist.is_initialized()):
-        return mu.mean(0, keepdim=True) + not_finite
-    is_finite = not_finite == 0
-    count = torch.where(is_finite, float(len(mu)), 0.0).to(mu.dtype)
-    total = torch.where(is_finite, mu.sum(0, keepdim=True), 0.0)
-    pooled = torch.cat([total.flatten(), count[None]])
-    dist.all_reduce(pooled)
-    return pooled[:-1].view_as(total) / pooled[-1]

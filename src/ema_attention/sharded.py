@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema_attention._checks import GradientMode, check_arguments
+from ema_attention._checks import GradientMode, check_arguments, check_group
 from ema_attention._layout import flatten
 from ema_attention._steps import prepare
 from ema_attention.functional import EMAttention, expectation_maximization, reconstruction
@@ -60,11 +60,13 @@ def sharded_em_attention(
         same on every rank.
 
     Raises:
-        TypeError, ValueError: as :func:`em_attention`; ValueError where torch.distributed is not initialised.
+        TypeError, ValueError: as :func:`em_attention`; ValueError where torch.distributed is not initialised, or
+            the rank is not in ``group``.
     """
     check_arguments(x, mu, stages, scale, gradient, mask, weight, bias)
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sharded_em_attention needs torch.distributed; got no initialised process group")
+    check_group(group)
 
     def reduce(sums: Tensor) -> Tensor:
         total: Tensor = _AllReduce.apply(sums, group)

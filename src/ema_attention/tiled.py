@@ -56,7 +56,7 @@ class TiledEMAttention:
         self._scale = scale
         self._weight = None if weight is None else weight.detach()
         self._bias = None if bias is None else bias.detach()
-        self._mu = (mu if mu.dim() == 3 else mu[None]).detach().cpu().double()
+        self._mu = _copy(mu if mu.dim() == 3 else mu[None])
         self._mu_before: Tensor | None = None  # the bases that the last stage started from
         self._sums: Tensor | None = None  # Σ x z above Σ z, (B, C + 1, K), over the stage's tiles so far
 
@@ -125,9 +125,9 @@ class TiledEMAttention:
         got = {name: None if t is None else tuple(t.shape[1:]) for name, t in state_dict.items()}
         if got.keys() != expected.keys() or any(got[k] not in (expected[k], None) for k in got) or got["mu"] is None:
             raise ValueError(f"state_dict must hold tensors (B, *) of {expected}; got {got}")
-        mu = state_dict["mu"]
+        mu, before, sums = (None if t is None else _copy(t) for t in map(state_dict.get, expected))
         assert mu is not None  # for the type checker
-        self._mu, self._mu_before, self._sums = mu, state_dict["mu_before"], state_dict["sums"]
+        self._mu, self._mu_before, self._sums = mu, before, sums
 
     def _prepare(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""
@@ -139,3 +139,8 @@ class TiledEMAttention:
             raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
         features, _ = flatten(x)
         return prepare(features.to(at_least_float32(x.dtype, mu.dtype)), mu, self._scale, mask, weight, bias)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in float64 on the CPU, which nobody else writes to."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)

@@ -72,6 +72,7 @@ def test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd(gradient
     """As Inductor would: the partitioner computes some values again in backward, when the bases have moved."""
     unit, reference = unit_and_reference(gradient=gradient)
     compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
+    buffer = unit.mu
     for i, (batch, height, width) in enumerate(SIZES):
         x = torch.randn(batch, 8, height, width)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -80,10 +81,22 @@ def test_trains_through_the_partitioned_graph_of_ahead_of_time_autograd(gradient
         reference(b).pow(2).sum().backward()
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(unit.mu, reference.mu, rtol=1e-4, atol=1e-5)
+    assert unit.mu is buffer  # which a state_dict, another process or a tied unit may hold
     trained = [name for name, p in unit.named_parameters() if p.requires_grad]
     for name in trained:
         actual, expected = unit.get_parameter(name).grad, reference.get_parameter(name).grad
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 does not say that it exports")
+def test_an_exported_training_unit_moves_its_bases(strict: bool) -> None:
+    unit, reference = unit_and_reference()
+    x = torch.randn(2, 8, 6, 7)
+    exported = torch.export.export(unit, (x,), strict=strict).module()
+    for _ in range(2):
+        torch.testing.assert_close(exported(x), reference(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(exported.mu, reference.mu)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # PyTorch 2.6's own

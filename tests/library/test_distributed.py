@@ -1,6 +1,8 @@
 """Several ranks: gloo processes on one machine, the truth being one process that sees everything."""
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,11 +127,9 @@ def test_sharded_attention_needs_a_process_group() -> None:
 SHARES = {"equal": [2, 2], "unequal": [3, 1], "a rank with none": [4, 0]}
 
 
-def small_unit() -> EMAUnit:
-    torch.manual_seed(2)
-    return EMAUnit(
-        6, num_bases=4, gradient="all", norm_layer=nn.Identity
-    ).double()  # no batch statistics of a rank's own
+def small_unit(**options: object) -> EMAUnit:
+    torch.manual_seed(2)  # and no batch statistics of a rank's own
+    return EMAUnit(6, num_bases=4, gradient="all", norm_layer=nn.Identity, **options).double()
 
 
 def steps(unit: EMAUnit, model: nn.Module, batches: list[Tensor], scale: float, accumulate: bool = False) -> None:
@@ -220,6 +220,53 @@ def test_a_rank_that_is_not_finite_spoils_nobodys_bases(tmp_path: Path) -> None:
     for one, both in run_on_ranks(move_bases_with_a_nan, 2, tmp_path):
         torch.testing.assert_close(one, without_it.mu)
         assert torch.equal(both, untouched.mu)
+
+
+def move_bases_in_groups() -> dict[str, Tensor]:
+    """Two models in a group each, and a unit that keeps its bases to itself; the fourth rank's is in no group."""
+    rank = dist.get_rank()
+    x = batches()[0][rank : rank + 1]
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    with pytest.raises(ValueError, match="process group must have this rank in it; got"):
+        EMAUnit(6, process_group=groups[rank < 2])
+    with pytest.raises(ValueError, match="process group must have this rank in it; got"):
+        sharded_em_attention(x, torch.ones(6, 4).double(), 1, group=groups[rank < 2])
+    unit = small_unit(process_group=groups[rank >= 2])
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(unit))
+    assert unit.process_group is groups[rank >= 2]
+    unit(x)
+    alone = pickle.loads(pickle.dumps(small_unit(sync_bases=False)))
+    for _ in range(1 + rank):  # and so as often as it likes
+        alone(x)
+    assert small_unit(decay=1)(x).isfinite().all()
+    return {"group": unit.mu, "alone": alone.mu}
+
+
+def test_groups_and_units_of_their_own_never_meet(tmp_path: Path) -> None:
+    for rank, moved in enumerate(run_on_ranks(move_bases_in_groups, 4, tmp_path)):
+        group, alone, x = small_unit(), small_unit(), batches()[0]
+        group(x.split(2)[rank // 2])
+        for _ in range(1 + rank):
+            alone(x[rank : rank + 1])
+        torch.testing.assert_close(moved["group"], group.mu)
+        torch.testing.assert_close(moved["alone"], alone.mu)
+
+
+def test_code_compiled_before_there_are_ranks_communicates_with_them() -> None:
+    unit, graphs = small_unit(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(unit, fullgraph=True, backend=backend)
+    compiled(batches()[0])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        compiled(batches()[0])
+    finally:
+        dist.destroy_process_group()
+    assert ["all_reduce" in graph for graph in graphs] == [False, True]
 
 
 def two_gpus_over_nccl() -> dict[str, Tensor]:

@@ -168,3 +168,15 @@ def test_errors_say_what_was_expected() -> None:
         em.add(x, torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"state_dict must hold tensors .*'mu': \(4, 2\).*; got .*'mu': \(5, 2\)"):
         em.load_state_dict(TiledEMAttention(torch.ones(5, 2)).state_dict())
+
+
+def test_its_state_is_its_own() -> None:
+    mu = F.normalize(torch.randn(1, 6, 3, dtype=torch.float64), dim=1)
+    em, state = TiledEMAttention(mu), {"mu": mu.float(), "mu_before": mu.float(), "sums": None}
+    before = mu.clone()
+    mu.zero_()
+    torch.testing.assert_close(em.mu, before)
+    em.load_state_dict(state)
+    state["mu"].zero_()
+    assert em.state_dict()["mu"].dtype == torch.float64
+    torch.testing.assert_close(em.mu, before, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,7 @@
 """What training scripts put around a layer: activation checkpointing, averaged models, SyncBatchNorm."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,91 @@ def test_checkpointing_moves_the_bases_once_and_changes_no_gradient(gradient: st
         results.append([unit.mu, source.grad, *(p.grad for p in unit.parameters() if p.requires_grad)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def gradients_of_two_calls(run: Callable[[EMAUnit, Tensor], Tensor], order: str) -> list[Tensor]:
+    """The bases, and the gradients of a loss on two calls of a unit, in one backward or in two."""
+    unit = small_unit(gradient="all")
+    sources = torch.randn(2, 2, 6, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    sources = [source.requires_grad_() for source in sources]
+    losses = [i * run(unit, source).pow(2).sum() for i, source in enumerate(sources, 1)]
+    for loss in {"together": [sum(losses)], "first first": losses, "last first": losses[::-1]}[order]:
+        loss.backward()
+    return [unit.mu, *(source.grad for source in sources), *(p.grad for p in unit.parameters())]
+
+
+def nested(unit: EMAUnit, x: Tensor) -> Tensor:
+    return checkpoint(lambda x: checkpoint(unit, x.sin(), use_reentrant=False).cos(), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("order", ["together", "first first", "last first"])
+@pytest.mark.parametrize(
+    ("checkpointed", "plain"),
+    [
+        (partial(checkpoint, use_reentrant=False), EMAUnit.__call__),
+        (partial(checkpoint, use_reentrant=True), EMAUnit.__call__),
+        (nested, lambda unit, x: unit(x.sin()).cos()),
+    ],
+)
+def test_checkpointed_calls_start_from_their_own_bases(checkpointed, plain, order: str) -> None:
+    results = [gradients_of_two_calls(run, order) for run in (checkpointed, plain)]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+needs_hooks_to_tell = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="PyTorch 2.6 does not say whether a graph is still alive"
+)
+
+
+@needs_hooks_to_tell
+def test_checkpointed_calls_on_the_same_input_are_refused() -> None:
+    unit, x = small_unit(gradient="all"), torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    losses = [checkpoint(unit, x, use_reentrant=False).pow(2).sum() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="needs another input in each forward before a backward; got the same one"):
+        sum(losses).backward()
+
+
+def test_a_checkpointed_call_that_was_forgotten_is_refused() -> None:
+    unit = small_unit()
+    first, *others = torch.randn(66, 2, 6, 5, 5, dtype=torch.float64, requires_grad=True).unbind()
+    losses = [checkpoint(unit, x, use_reentrant=True).sum() for x in (first, *others)]
+    with pytest.raises(RuntimeError, match="can run its latest 64 forwards again; got the input of none of them"):
+        losses[0].backward()
+
+
+def test_an_ordinary_forward_inside_a_backward_moves_the_bases() -> None:
+    unit, reference = small_unit(), small_unit()
+    batches = torch.randn(3, 2, 6, 5, 5, dtype=torch.float64).unbind()
+    for x in batches:
+        reference(x)
+    y = checkpoint(unit, batches[0].clone().requires_grad_(), use_reentrant=False)
+    unit(batches[1])
+    y.register_hook(lambda grad: unit(batches[2]).detach().sum() * 0 + grad)
+    y.sum().backward()
+    torch.testing.assert_close(unit.mu, reference.mu)
+
+
+def test_conv1_made_trainable_gets_a_gradient_of_zero_and_a_warning() -> None:
+    unit, expected = small_unit().requires_grad_(True), small_unit()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="set unit.gradient = 'all', or freeze them"):
+        y = unit(x)
+    y.pow(2).sum().backward()
+    expected(x).pow(2).sum().backward()
+    for (name, p), reference in zip(unit.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p.grad, torch.zeros_like(p) if name.startswith("conv1") else reference.grad)
+
+
+def test_gradient_can_be_set_later() -> None:
+    unit, x = small_unit(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    unit.gradient = "all"
+    unit(x).pow(2).sum().backward()
+    assert unit.conv1.weight.grad.abs().sum() > 0
+    unit.gradient = "none"
+    assert not any(p.requires_grad for p in unit.conv1.parameters())
+    with pytest.raises(ValueError, match=r"gradient must be one of .*; got 'some'"):
+        unit.gradient = "some"
 
 
 def test_compiling_around_a_checkpoint_changes_no_gradient() -> None:

@@ -1,3 +1,7 @@
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -75,3 +79,28 @@ def test_contexts_may_be_nested() -> None:
         unit(torch.randn(1, 8, 7))
     assert inner[""].shape == (1, 4, 6)
     assert outer[""].shape == (1, 4, 7)
+
+
+def test_a_thread_collects_its_own_maps() -> None:
+    unit = EMAUnit(6, 4).eval()
+    both_collect = threading.Barrier(2)
+
+    def collect(seed: int) -> bool:
+        x = torch.randn(1, 6, 3, 3, generator=torch.Generator().manual_seed(seed))
+        with collect_attention_maps(unit) as maps:
+            both_collect.wait(5)
+            unit(x)
+            both_collect.wait(5)
+        with collect_attention_maps(unit) as alone:
+            unit(x)
+        return torch.equal(maps[""], alone[""])
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(collect, range(2))) == [True, True]
+
+
+def test_warns_if_nothing_was_collected() -> None:
+    model = nn.Sequential(EMAUnit(6, 4))
+    with pytest.warns(UserWarning, match="saw no unit of this Sequential run"), collect_attention_maps(model) as maps:
+        copy.deepcopy(model)(torch.randn(2, 6, 3, 3))
+    assert maps == {}

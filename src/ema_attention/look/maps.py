@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ema_attention.modules import EMAUnit
+from ema_attention.modules import EMAUnit, MapCollector
 
 __all__ = ["collect_attention_maps"]
 
@@ -18,7 +20,9 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Yields a dict that fills as the model runs: from the unit's name in ``model.named_modules()`` to its
     maps z, (B, K, \*spatial), those of its latest call, detached. ``maps["head.unit"][0, k]`` is the map
-    of basis k over the first sample.
+    of basis k over the first sample. A context collects what its own thread runs.
+
+    Warns if nothing was collected, which is so where a framework ran a copy of the model.
 
     Raises:
         ValueError: if there is no ``EMAUnit`` in the model.
@@ -35,10 +39,16 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if not units:
         raise ValueError(f"the model must contain an EMAUnit; got a {type(model).__name__} without one")
     maps: dict[str, Tensor] = {}
+    thread = threading.get_ident()
     for name, unit in units.items():
-        unit.map_collectors.append((maps, name))
+        unit.map_collectors.append(MapCollector(maps, name, thread))
     try:
         yield maps
     finally:
         for unit in units.values():
-            unit.map_collectors = [collector for collector in unit.map_collectors if collector[0] is not maps]
+            unit.map_collectors = [collector for collector in unit.map_collectors if collector.maps is not maps]
+    if not maps:
+        warnings.warn(
+            f"collect_attention_maps saw no unit of this {type(model).__name__} run in its thread; did a copy run?",
+            stacklevel=3,
+        )

@@ -126,4 +126,4 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
 
 def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
     features, layout = flatten(x, unit.channel_dim)
-    return _watch(*unit._prepare(features, layout, mask), unit.stages, layout)
+    return _watch(*unit._prepare(features, layout, mask, unit.mu), unit.stages, layout)
