@@ -105,10 +105,10 @@ def check_unit_settings(decay: float, channel_dim: int) -> None:
         raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
 
 
-def check_group(group: object) -> None:
-    """Raises for what is no process group of this rank: torch.distributed.new_group gives such to ranks outside it."""
+def check_group(name: str, group: object) -> None:
+    """Raises for what is no group of this rank, such as what torch.distributed.new_group gives to a rank outside it."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise ValueError(f"the process group must have this rank in it; got {group!r}")
+        raise ValueError(f"{name} must be a process group with this rank in it, or None; got {group!r}")
 
 
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:

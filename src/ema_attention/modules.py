@@ -143,7 +143,7 @@ class EMAUnit(nn.Module):
         inner_channels = channels if inner_channels is None else inner_channels
         check_positive_integers(channels=channels, num_bases=num_bases, inner_channels=inner_channels)
         check_unit_settings(decay, channel_dim)
-        check_group(process_group)
+        check_group("process_group", process_group)
         self.channels = channels
         self.num_bases = num_bases
         self.stages = stages

@@ -66,7 +66,7 @@ def sharded_em_attention(
     check_arguments(x, mu, stages, scale, gradient, mask, weight, bias)
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sharded_em_attention needs torch.distributed; got no initialised process group")
-    check_group(group)
+    check_group("group", group)
 
     def reduce(sums: Tensor) -> Tensor:
         total: Tensor = _AllReduce.apply(sums, group)

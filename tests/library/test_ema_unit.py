@@ -187,7 +187,12 @@ def test_copies_and_pickles_leave_a_pass_that_is_under_way_behind() -> None:
         unit(torch.randn(1, 8, 5, 5))
 
 
-@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "grouped", "parametrization"])
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "grouped", "subclass", "parametrization"])
 def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
     unit = EMAUnit(8, 4, gradient="all").double()
     if change == "hook":
@@ -197,6 +202,8 @@ def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
         unit.conv1.eval()  # else each call moves its estimate
     elif change == "grouped":
         unit.conv1 = nn.Conv2d(8, 8, 1, groups=2).double()
+    elif change == "subclass":
+        unit.conv1 = Doubled(8, 8, 1).double()
     elif change == "wrapper":
         unit.conv1 = nn.Sequential(unit.conv1, nn.Conv2d(8, 8, 1, bias=False)).double()
     else:
