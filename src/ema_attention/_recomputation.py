@@ -38,10 +38,10 @@ class Starts:
 
         It may where a hook takes what the graph would save, and where there is no graph, as in a reentrant checkpoint.
         """
-        self._drop_dead()
-        hooks = saved_tensors_hooks()
-        if hooks is None or not is_only_data(x):
+        hooks = saved_tensors_hooks() if is_only_data(x) else None
+        if hooks is None:
             return
+        self._drop_dead()
         self._has_forgotten |= len(self._kept) == _LIMIT
         self._kept.append(_Start(_sample(x), mu, weakref.ref(hooks[1]) if hooks else None))
 

@@ -25,9 +25,10 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
-def is_exporting() -> bool:
-    """Whether torch.export records the code; PyTorch 2.6 does not say."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+def is_compiling() -> bool:
+    """Whether torch.compile records the code, and not torch.export, which PyTorch 2.6 does not tell apart."""
+    is_exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not is_exporting
 
 
 def differentiates(*tensors: Tensor | None) -> bool:

@@ -31,8 +31,8 @@ from ema_attention._steps import Problem, prepare, unit_norm
 from ema_attention._torch import (
     autocast_dtype,
     give_zero_gradient,
+    is_compiling,
     is_distributed,
-    is_exporting,
     is_in_backward,
     is_tracing,
     is_transformed,
@@ -165,7 +165,7 @@ class EMAUnit(nn.Module):
             self.conv2[1].to(device=device, dtype=dtype)
         self.map_collectors: list[MapCollector] = []  # filled by _hand_out
         self._starts = Starts()
-        self._is_traced = False
+        self._is_compiled = False
         self.gradient = gradient
         self.reset_parameters()
 
@@ -221,14 +221,14 @@ class EMAUnit(nn.Module):
         """The bases that EM of x (B, C, N) starts from, and whether the unit's move after it."""
         if not self.training or self.decay == 1:
             return self.mu, False
-        if is_tracing():
-            if not is_exporting():  # torch.compile leaves a checkpoint with this to eager mode; its own copies mu anew
-                self._is_traced = True
+        if is_compiling():
+            self._is_compiled = (
+                True  # with that torch.compile leaves a checkpoint to eager mode; its own copies mu anew
+            )
             return snapshot(self.mu), True
-        if is_in_backward():
-            start = self._starts.find(x)
-            if start is not None:  # a forward that is run again
-                return start, False
+        start = self._starts.find(x) if is_in_backward() else None
+        if start is not None:  # a forward that is run again
+            return start, False
         start = self.mu.clone()  # _move_bases writes to the buffer
         self._starts.keep(x, start)
         return start, True

@@ -43,6 +43,9 @@ def test_unit_equals_its_formula(
         torch.testing.assert_close(one, other)
     for one, other in zip(unit.conv2.buffers(), before.conv2.buffers(), strict=True):
         torch.testing.assert_close(one, other)
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(unit(x, mask=mask), y_formula)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -180,3 +180,13 @@ def test_its_state_is_its_own() -> None:
     state["mu"].zero_()
     assert em.state_dict()["mu"].dtype == torch.float64
     torch.testing.assert_close(em.mu, before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_goes_on_in_a_projected_space() -> None:
+    mu, weight, x = F.normalize(torch.randn(6, 3), dim=0), torch.randn(6, 9), torch.randn(2, 9, 5)
+    one, other = (TiledEMAttention(mu, weight=weight) for _ in range(2))
+    one.add(x)
+    other.load_state_dict(one.state_dict())
+    for em in (one, other):
+        em.step()
+    assert torch.equal(other.attend(x).out, one.attend(x).out)
