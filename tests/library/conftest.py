@@ -2,12 +2,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from ema_attention import _blocks
+from ema_attention import _blocks, _forms
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _smallest_blocks() -> Iterator[None]:
-    """Blocks of 64 positions, so that inputs of a test's size have several and a remainder."""
+def _forms_at_the_size_of_a_test() -> Iterator[None]:
+    """Forms that save memory from 24 positions on, in blocks of 64: a test's input has several, and a remainder."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_forms, "SAVES_MEMORY_FROM", 24)
         patch.setattr(_blocks, "_BYTES", 0)
         yield
