@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ema_attention._layout import move_dimension
 from ema_attention._torch import autocasts
 
 GradientMode = Literal["all", "last", "none"]
@@ -122,4 +123,4 @@ def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim:
         )
     if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
         raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
-    check_mask(mask, x.movedim(channel_dim, 1))
+    check_mask(mask, move_dimension(x, channel_dim, 1))

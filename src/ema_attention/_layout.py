@@ -16,7 +16,7 @@ class Layout(NamedTuple):
 
     def restore(self, y: Tensor) -> Tensor:
         """A tensor (B, C, N) in the layout; C need not be what it was."""
-        return self.restore_maps(y).movedim(1, self.channel_dim)
+        return move_dimension(self.restore_maps(y), 1, self.channel_dim)
 
     def image(self, y: Tensor) -> Tensor:
         """A tensor (B, C, N) as (B, C, H, W): as it was, or where that was no image with all positions in one row.
@@ -28,18 +28,24 @@ class Layout(NamedTuple):
 
     def restore_image(self, y: Tensor) -> Tensor:
         """An :meth:`image` in the layout."""
-        return y.movedim(1, self.channel_dim) if len(self.spatial) == 2 else self.restore(y.squeeze(2))
+        return move_dimension(y, 1, self.channel_dim) if len(self.spatial) == 2 else self.restore(y.squeeze(2))
 
     def restore_maps(self, z: Tensor) -> Tensor:
         """Maps (B, K, N) as (B, K, *spatial), wherever the channels are."""
-        unflattened: Tensor = z.unflatten(2, self.spatial)
-        return unflattened
+        return z.view(*z.shape[:2], *self.spatial)  # coremltools' unflatten knows no dynamic sizes
 
 
 def flatten(x: Tensor, channel_dim: int = 1) -> tuple[Tensor, Layout]:
     """View (or copy) of x as (B, C, N), and the layout that undoes it."""
-    x = x.movedim(channel_dim, 1)
+    x = move_dimension(x, channel_dim, 1)
     return x.flatten(2), Layout(channel_dim, x.shape[2:])
+
+
+def move_dimension(x: Tensor, source: int, destination: int) -> Tensor:
+    """What ``x.movedim(source, destination)`` gives, by an operation that every exporter knows."""
+    order = list(range(x.dim()))
+    order.insert(destination % x.dim(), order.pop(source))
+    return x.permute(order)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ def prepare(
     dtype = at_least_float32(x.dtype, mu.dtype)
     absent = None if mask is None else ~mask.flatten(1)[..., None]
     if absent is not None:
-        x = x.masked_fill(absent.mT, 0.0)  # NaN · 0 would leak out of a padded position
+        x = x.masked_fill(absent.transpose(1, 2), 0.0)  # NaN · 0 would leak out of a padded position
     if not has_half_products(x, dtype):
         x = x.to(dtype)
     projection = None
@@ -112,14 +112,14 @@ def project(problem: Problem, mu: Tensor) -> Tensor:
     yᵀ mu = xᵀ (Wᵀ mu) + bᵀ mu: where there is a projection, bᵀ mu is one row more, the last.
     """
     bases = mu if problem.scale == 1 else problem.scale * mu
-    return bases if problem.projection is None else problem.projection.mT @ bases
+    return bases if problem.projection is None else problem.projection.t() @ bases
 
 
 def compare(problem: Problem, bases: Tensor) -> Tensor:
     """Computes xᵀ bases (B, N, K) of bases (1 or B, C, K), or [x; 1]ᵀ bases of bases (1 or B, C + 1, K)."""
     channels = problem.x.shape[1]
     plus = bases[:, channels:] if bases.shape[1] > channels else None
-    return product(problem.x.mT, bases[:, :channels], plus)
+    return product(problem.x.transpose(1, 2), bases[:, :channels], plus)
 
 
 def sum_over_positions(problem: Problem, z: Tensor) -> Tensor:
@@ -190,4 +190,4 @@ def reconstruct(mu: Tensor, z: Tensor, like: Tensor) -> Tensor:
     """The product mu zᵀ (B, C', N) of mu (B, C', K) and z (B, N, K), in z's dtype and the memory layout of ``like``."""
     mu = mu.to(z.dtype)
     with without_autocast(z.device):
-        return (z @ mu.mT).mT if is_channels_last(like) else mu @ z.mT
+        return (z @ mu.transpose(1, 2)).transpose(1, 2) if is_channels_last(like) else mu @ z.transpose(1, 2)

@@ -125,4 +125,4 @@ def _run(problem: Problem, mu: Tensor, stages: int, reduce: Reduce | None) -> tu
 def reconstruction(x: Tensor, layout: Layout, mu: Tensor, z: Tensor) -> EMAttention:
     """The result for x (B, C, N), from bases (B, C', K) and maps (B, N, K)."""
     z = z.to(x.dtype)
-    return EMAttention(layout.restore(reconstruct(mu, z, like=x)), mu, layout.restore_maps(z.mT))
+    return EMAttention(layout.restore(reconstruct(mu, z, like=x)), mu, layout.restore_maps(z.transpose(1, 2)))

@@ -270,7 +270,7 @@ class EMAUnit(nn.Module):
         """Gives the maps z (B, N, K) to whoever collects them; see :func:`collect_attention_maps`."""
         for maps, name, thread in self.map_collectors:
             if is_tracing() or thread == threading.get_ident():
-                maps[name] = layout.restore_maps(z.mT)
+                maps[name] = layout.restore_maps(z.transpose(1, 2))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what belongs to a pass that is under way stays behind."""

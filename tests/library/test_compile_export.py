@@ -12,6 +12,7 @@ from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from ema_attention import EMAUnit, em_attention
+from tests.units import trained_like
 
 SIZES = [(2, 6, 7), (3, 9, 5), (4, 4, 11), (2, 12, 12)]
 
@@ -151,7 +152,46 @@ def test_onnx_runs_any_batch_and_size() -> None:
     for batch, height, width in [(2, 17, 19), (1, 33, 18), (5, 16, 40)]:
         x = torch.randn(batch, 3, height, width)
         (y,) = session.run(None, {name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+MAPS = {}, [(2, 8, 16, 17), (1, 8, 33, 9), (5, 8, 50, 48)]
+TOKENS = {"channel_dim": -1, "final_relu": False, "inner_channels": 4}, [(2, 50, 8), (1, 7, 8), (3, 2500, 8)]
+LAST = {"channel_dim": -1, "scale": 0.5, "gradient": "all"}, [(2, 5, 6, 8), (1, 9, 4, 8), (3, 50, 48, 8)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter's own
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are not part of the graph
+@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, LAST])
+@pytest.mark.parametrize(
+    "opset", [13, 17, 20]
+)  # the oldest that knows all the operations; the newest that this exporter knows
+def test_onnx_of_a_trace_runs_any_batch_and_size(opset: int, options: dict, shapes: list[tuple[int, ...]]) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    unit = trained_like(EMAUnit(8, num_bases=4, **options)).eval()
+    channels = unit.channel_dim % len(shapes[0])
+    axes = {axis: f"axis {axis}" for axis in range(len(shapes[0])) if axis != channels}
+    file = io.BytesIO()
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": axes, "y": axes}}
+    torch.onnx.export(unit, (torch.randn(shapes[0]),), file, dynamo=False, opset_version=opset, **names)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for shape in shapes:
+        x = torch.randn(shape)
+        (y,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), unit(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's word on torch.jit
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, LAST])
+def test_a_torchscript_trace_runs_any_batch_and_size(options: dict, shapes: list[tuple[int, ...]]) -> None:
+    unit = trained_like(EMAUnit(8, num_bases=4, **options)).eval()
+    traced = torch.jit.trace(unit, torch.randn(shapes[0]))
+    for shape in shapes:
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), unit(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["all", "last", "none"])
