@@ -8,7 +8,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.func import vjp as _vjp
 
@@ -138,6 +138,14 @@ def has_global_hooks() -> bool:
     """Whether hooks on all modules see what a module returns, or its gradient, as profilers and explainers do."""
     hooks = nn.modules.module
     return bool(hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+
+
+def call_as_leaf(module: nn.Module, x: fx.Proxy, *others: object) -> Any:
+    """The call of ``module`` as one node of the graph that torch.fx traces, which is what it makes of torch's own.
+
+    Inside a module that computes by sizes and settings there is nothing that it can trace.
+    """
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *others), {})  # type: ignore[attr-defined]
 
 
 # Bugs.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ema_attention._average import average_over_batch, average_over_ranks
 from ema_attention._checks import (
@@ -30,6 +30,7 @@ from ema_attention._residual import residual
 from ema_attention._steps import Problem, prepare, unit_norm
 from ema_attention._torch import (
     autocast_dtype,
+    call_as_leaf,
     give_zero_gradient,
     is_compiling,
     is_distributed,
@@ -202,6 +203,8 @@ class EMAUnit(nn.Module):
 
         BatchNorm in training mode knows of no mask: to its statistics a masked position is one with out = 0.
         """
+        if isinstance(x, fx.Proxy) and x.tracer.root is not self:
+            return call_as_leaf(self, x, mask)
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
         start, moves = self._starting_bases(features)

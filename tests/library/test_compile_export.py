@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
@@ -192,6 +192,37 @@ def test_a_torchscript_trace_runs_any_batch_and_size(options: dict, shapes: list
     for shape in shapes:
         x = torch.randn(shape)
         torch.testing.assert_close(traced(x), unit(x), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_fx_takes_the_unit_for_a_leaf() -> None:
+    model = Network()
+    graph = fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["conv", "unit"]
+    before, x = model.unit.mu.clone(), torch.randn(2, 3, 9, 8)
+    graph(x)
+    assert not torch.equal(model.unit.mu, before)  # it is the unit itself that runs
+    torch.testing.assert_close(graph.eval()(x), model.eval()(x))
+
+
+def test_torch_fx_passes_a_mask_to_the_leaf() -> None:
+    class Masked(Network):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.unit(self.conv(x), mask)
+
+    model = Masked().eval()
+    x, mask = torch.randn(2, 3, 9, 9), torch.rand(2, 4, 4) < 0.5
+    graph = fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x, mask), model(x, mask))
+
+
+def test_torchvision_extracts_features_around_a_unit() -> None:
+    models = pytest.importorskip("torchvision.models")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = models.resnet18(weights=None)
+    model.layer1.append(EMAUnit(64, num_bases=4))
+    extract = extraction.create_feature_extractor(model.eval(), ["layer1.2", "layer2"])
+    features = extract(torch.randn(1, 3, 32, 32))
+    assert [tuple(f.shape) for f in features.values()] == [(1, 64, 8, 8), (1, 128, 4, 4)]
 
 
 @pytest.mark.parametrize("gradient", ["all", "last", "none"])
