@@ -93,7 +93,8 @@ class EMAUnit(nn.Module):
             where x is no image.
         zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
             nothing at first (but for the last ReLU).
-        final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets.
+        final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets, and where an
+            addition follows (timm's ``attn_layer``): one in place overwrites what the ReLU needs for its gradient.
         channel_dim: where the channels are in the input; 1 for (B, C, \*spatial), -1 for (B, N, C) and (B, H, W, C).
         sync_bases: whether the new bases are averaged over ranks, too. (DistributedDataParallel copies rank 0's buffers
             to all ranks unless it has ``broadcast_buffers=False``.)
