@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo explorer train-quick test test-floor fuzz bench bench-quick report docs check format build clean
+.PHONY: help demo explorer train-quick test test-floor fuzz mutants bench bench-quick report docs check format build clean
 
 help:
 	@echo "make demo         attention maps of a photograph, and an EMANet forward on it"
@@ -13,6 +13,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
 	@echo "make fuzz         10,000 random inputs"
+	@echo "make mutants      faults put into the library's core one at a time: which do the tests miss?"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
 	@echo "make report       costs, memory, growth and targets as a page with pictures (half an hour)"
 	@echo "make docs         the documentation into site/, with every link and snippet checked"
@@ -56,6 +57,12 @@ $(VENV)-floor/.installed: pyproject.toml
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/library/test_bad_input.py -k no_input
+
+# One fault at a time put into the library's core; what the tests miss is listed.
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 BENCH = $(BIN)/python -m pytest benchmarks/costs/bench_blocks.py -v --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
