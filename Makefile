@@ -12,7 +12,7 @@ help:
 	@echo "make train-quick  a network learns a task that needs global context (a minute on 2 cores)"
 	@echo "make test         all tests"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
-	@echo "make fuzz         10,000 random inputs"
+	@echo "make fuzz         10,000 random inputs, and every bit of a checkpoint flipped"
 	@echo "make mutants      faults put into the library's core one at a time: which do the tests miss?"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
 	@echo "make report       costs, memory, growth and targets as a page with pictures (half an hour)"
@@ -56,7 +56,8 @@ $(VENV)-floor/.installed: pyproject.toml
 	@touch $@
 
 fuzz: $(INSTALLED)
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/library/test_bad_input.py -k no_input
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/library/test_bad_input.py tests/examples/test_checkpoints.py \
+		-k "no_input or no_flipped_bit"
 
 # One fault at a time put into the library's core; what the tests miss is listed.
 mutants: $(INSTALLED)

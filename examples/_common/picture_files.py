@@ -1,0 +1,109 @@
+"""Picture files: images as they are looked at, and masks whose values are classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
+from scipy.io import loadmat
+
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+"""Pillow's modes that become RGB with 8 bits a channel as they are looked at."""
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+"""Those that keep every value."""
+MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+LARGEST = {"L;2": 3, "L;2R": 3, "L;4": 15, "L;4R": 15}
+"""Of grey levels of few bits, which Pillow spreads: the largest becomes white."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, open.
+
+    Raises:
+        ValueError: with the file's name, for one that is missing, broken or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.format == "TIFF" and picture.getexif().get(Base.Orientation, 1) != 1:
+                # Pillow 13.0 mixes up the pixels of those that are turned by a quarter
+                raise ValueError(f"{path} is a TIFF file whose orientation is not 1: save it upright")
+            yield picture
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read the image {path}: it is no image Pillow reads") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some PNGs
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"cannot read the image {path}: {reason}") from None
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image in RGB, upright. Raises ValueError, with the file's name, if it cannot be read so."""
+    return _read_image(path)[0]
+
+
+def read_pair(image_path: Path, mask_path: Path) -> tuple[Image.Image, np.ndarray]:
+    """An image in RGB, upright, and the classes (H, W), int64, of its mask: a picture of them, or a file of SBD.
+
+    A camera's turn (EXIF) turns the image. A mask with a turn of its own is turned by that. One without is as the
+    image is stored or as it is shown, which their sizes tell.
+
+    Raises:
+        ValueError: with the file's name, for one that cannot be read so, or of another size.
+    """
+    image, stored_size, turn = _read_image(image_path)
+    mask, largest = _read_mask(mask_path)
+    if turn > 1 and Base.Orientation not in mask.getexif():
+        if stored_size == image.size:
+            raise ValueError(
+                f"{image_path} is turned by its EXIF orientation {turn} and {mask_path} has none, so that it is not "
+                "known whether the mask is turned: save the image upright"
+            )
+        if mask.size == stored_size:
+            mask.getexif()[Base.Orientation] = turn
+    mask = ImageOps.exif_transpose(mask)
+    if mask.size != image.size:
+        (width, height), (mask_width, mask_height) = image.size, mask.size
+        raise ValueError(
+            f"{mask_path} must have the size of its image, {width}×{height}; got {mask_width}×{mask_height}"
+        )
+    classes = np.asarray(mask).astype(np.int64)
+    if largest is not None:
+        white = 65535 if mask.mode.startswith("I") else 255
+        classes = (classes * largest + white // 2) // white
+    return image, classes
+
+
+def _read_image(path: Path) -> tuple[Image.Image, tuple[int, int], int]:
+    """An image in RGB, upright; its size before it was turned, and the EXIF orientation that turned it."""
+    with opened(path) as picture:
+        if picture.mode not in IMAGE_MODES:
+            raise ValueError(f"{path} must have 8 bits a channel; got a picture of Pillow's mode {picture.mode}")
+        turn = picture.getexif().get(Base.Orientation, 1)
+        picture.load()
+        return ImageOps.exif_transpose(picture).convert("RGB"), picture.size, turn
+
+
+def _read_mask(path: Path) -> tuple[Image.Image, int | None]:
+    """A mask; and the largest value that its file can have, where Pillow has spread the values up to white."""
+    if path.suffix == ".mat":
+        try:
+            return Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int32)), None
+        except Exception as error:  # loadmat has many ways to say that a file is none of its own
+            raise ValueError(f"cannot read the mask {path}: {error}") from None
+    with opened(path) as picture:
+        if picture.format not in MASK_FORMATS or picture.info.get("compression") in ("jpeg", "webp"):
+            raise ValueError(f"{path} must be in a format that keeps every value, such as PNG; got {picture.format}")
+        if picture.mode not in MASK_MODES:
+            bands = picture.getbands()
+            got = "floating-point numbers" if picture.mode == "F" else f"{len(bands)}: {', '.join(bands)}"
+            raise ValueError(f"{path} must have one channel, the classes; got {got}")
+        codec, _, _, settings = picture.tile[0]
+        raw_mode, *others = settings if isinstance(settings, tuple) else (settings,)
+        if "I" in str(raw_mode).partition(";")[2]:
+            raise ValueError(f"{path} must store classes; got a picture that stores white as 0")
+        picture.load()
+        return picture.copy(), others[0] if codec.startswith("ppm") else LARGEST.get(raw_mode)
