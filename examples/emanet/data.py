@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.io import loadmat
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.transforms import v2
 
+from examples._common.picture_files import read_pair
 from examples._common.samples import IGNORE, IMAGENET_MEAN, Colours, Sample, normalisation
 
 SPLITS = ("train", "val", "test")
@@ -30,6 +29,9 @@ class Segmentation(Dataset[Sample]):
         colours: of the classes in pictures, RGB from 0 to 255.
         ignore: the value of the masks that is no class; it becomes ``IGNORE``.
         size: (H, W) that images and masks are scaled to; None leaves theirs.
+
+    Raises:
+        ValueError: for more classes than labels below ``IGNORE``.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Segmentation(Dataset[Sample]):
         ignore: int = IGNORE,
         size: tuple[int, int] | None = None,
     ) -> None:
+        if len(names) > IGNORE:
+            raise ValueError(f"there must be at most {IGNORE} classes; got {len(names)}")
         self.pairs = pairs
         self.names = names
         self.colours = colours
@@ -49,62 +53,38 @@ class Segmentation(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def fingerprint(self) -> str:
+        """The number of samples, and a digest of the names and contents of their files and of how they are read.
+
+        Raises:
+            ValueError: with the file's name, for one that cannot be read.
+        """
+        digest = hashlib.sha256(repr((self.ignore, self.size)).encode())
+        for path in chain.from_iterable(self.pairs):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror}") from None
+            digest.update(f"{path.name} {len(content)} ".encode())
+            digest.update(content)
+        return f"{len(self)} samples, SHA-256 {digest.hexdigest()[:16]}"
+
     def __getitem__(self, index: int) -> Sample:
         """Raises ValueError, with the file's name, for one that is broken, of another size, or with other labels."""
         image_path, mask_path = self.pairs[index]
-        image = tv_tensors.Image(read_picture(image_path, "RGB"))
-        mask = read_mask(mask_path)
-        if mask.shape != image.shape[1:]:
-            (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
-            raise ValueError(
-                f"{mask_path} must have the size of its image, {width}×{height}; got {mask_width}×{mask_height}"
-            )
-        mask = tv_tensors.Mask(mask.masked_fill(mask == self.ignore, IGNORE))
-        wrong = mask[(mask >= len(self.names)) & (mask != IGNORE)]
+        image, mask = read_pair(image_path, mask_path)
+        image, mask = tv_tensors.Image(image), torch.from_numpy(mask)
+        is_none = mask == self.ignore
+        wrong = mask[~is_none & ((mask < 0) | (mask >= len(self.names)))]
         if len(wrong):
             raise ValueError(
                 f"{mask_path} must have labels from 0 to {len(self.names) - 1}, or {self.ignore} where there is none; "
                 f"got {int(wrong[0])}"
             )
+        mask = tv_tensors.Mask(mask.masked_fill(is_none, IGNORE))
         if self.size is None:
             return image, mask
         return v2.functional.resize(image, self.size, antialias=True), v2.functional.resize(mask, self.size)
-
-
-def read_picture(path: Path, mode: str | None) -> Tensor:
-    """A picture file (C, H, W), uint8, in one of Pillow's modes, upright; None leaves the values that are in the file.
-
-    Raises:
-        ValueError: for a file that is missing, broken, no picture, or has other than 8 bits a channel.
-    """
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} must have 8 bits a channel; got a picture of Pillow's mode {picture.mode}")
-            values = ImageOps.exif_transpose(picture).convert(mode) if mode else picture
-            return v2.functional.pil_to_tensor(values)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some PNGs
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"cannot read {path}: {reason}") from None
-
-
-def read_mask(path: Path) -> Tensor:
-    """The classes (H, W), int64, of a picture of them, or of a MATLAB file of SBD.
-
-    Raises:
-        ValueError: for a file that is missing, broken or has several channels.
-    """
-    if path.suffix == ".mat":
-        try:
-            return torch.from_numpy(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int64))
-        except Exception as error:  # loadmat has many ways to say that a file is none of its own
-            raise ValueError(f"cannot read the mask {path}: {error}") from None
-    mask = read_picture(path, None).long()
-    if len(mask) != 1:
-        raise ValueError(f"{path} must have one channel, the classes; got {len(mask)}")
-    return mask[0]
 
 
 CAMVID_NAMES = (

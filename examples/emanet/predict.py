@@ -18,9 +18,9 @@ from tqdm import tqdm
 from ema_attention import collect_attention_maps, plot_attention_maps
 from examples._common.evaluation import segment
 from examples._common.files import write_figure
+from examples._common.picture_files import read_image
 from examples._common.pictures import class_patch, colour_classes
 from examples._common.samples import Colours, normalisation
-from examples.emanet.data import read_picture
 from examples.emanet.evaluate import PAPER_SCALES
 from examples.emanet.published import load_network
 
@@ -54,7 +54,7 @@ def predict(args: argparse.Namespace) -> None:
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise ValueError(f"images must have names of their own; got {stems.count(twice[0])} called {twice[0]!r}")
     for path in tqdm(args.images, unit="image"):
-        image = tv_tensors.Image(read_picture(path, "RGB"))
+        image = tv_tensors.Image(read_image(path))
         x = normalisation(image)[None].to(device)
         with collect_attention_maps(model) as maps:
             classes = model(x).argmax(1)[0].cpu()

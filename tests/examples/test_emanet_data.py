@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 from torchvision import tv_tensors
 
+from examples._common.photos import read_photo
+from examples._common.picture_files import read_image, read_pair
 from examples._common.samples import IGNORE
-from examples.emanet.data import VOC_NAMES, augmentation, camvid, read_picture, voc, voc_colour
+from examples.emanet.data import VOC_NAMES, Segmentation, augmentation, camvid, voc, voc_colour
 
 MASK = np.array([[0, 1, 11], [10, 3, 3]], np.uint8)
 
@@ -42,7 +48,192 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
-    assert read_picture(tmp_path / "photo.jpg", "RGB").shape == (3, 30, 20)
+    assert read_image(tmp_path / "photo.jpg").size == (20, 30)
+
+
+CLASSES = np.array([[0, 1, 2], [3, 1, 0]])
+TWO = CLASSES % 2
+
+
+def packed(row: np.ndarray, bits: int) -> bytes:
+    """Values of a few bits each, filled up to whole bytes."""
+    digits = "".join(format(value, f"0{bits}b") for value in row)
+    digits += "0" * (-len(digits) % 8)
+    return int(digits, 2).to_bytes(len(digits) // 8, "big")
+
+
+def png(classes: np.ndarray, bits: int, palette: bool = False) -> bytes:
+    """A PNG file of grey levels, or of places in a palette, with any number of bits."""
+    header = struct.pack(">IIBBBBB", *classes.shape[::-1], bits, 3 if palette else 0, 0, 0, 0)
+    pixels = b"".join(b"\0" + packed(row, bits) for row in classes)
+    parts = {b"IHDR": header, b"PLTE": bytes(range(12)), b"IDAT": zlib.compress(pixels), b"IEND": b""}
+    if not palette:
+        del parts[b"PLTE"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in parts.items()
+    )
+
+
+def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def pgm(classes: np.ndarray, largest: int, plain: bool = False) -> bytes:
+    height, width = classes.shape
+    if plain:
+        return f"P2 {width} {height} {largest}\n{' '.join(map(str, classes.flat))}\n".encode()
+    return b"P5 %d %d %d\n" % (width, height, largest) + classes.astype(">u2" if largest > 255 else "u1").tobytes()
+
+
+def tiff(classes: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
+    """A TIFF file of grey levels with any number of bits."""
+    pixels = b"".join(packed(row, bits) for row in classes)
+    height, width = classes.shape
+    photometric = 0 if white_is_zero else 1
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    pixels += bytes(len(pixels) % 2)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+GREY = Image.fromarray(CLASSES.astype(np.uint8))
+COLOURED = GREY.convert("P")
+
+
+@pytest.mark.parametrize(
+    ("content", "classes"),
+    [
+        (png(TWO, 1), TWO),
+        *((png(CLASSES, bits), CLASSES) for bits in (2, 4, 8, 16)),
+        (png(TWO, 1, palette=True), TWO),
+        *((png(CLASSES, bits, palette=True), CLASSES) for bits in (2, 4, 8)),
+        (png(CLASSES * 5, 4), CLASSES * 5),
+        (encoded(Image.fromarray((CLASSES * 300).astype(np.uint16)), "PNG"), CLASSES * 300),
+        (encoded(Image.fromarray((CLASSES * 300).astype(np.uint16)), "TIFF"), CLASSES * 300),
+        (encoded(Image.fromarray((CLASSES * 70_000).astype(np.int32)), "TIFF"), CLASSES * 70_000),
+        (encoded(Image.fromarray(TWO > 0), "TIFF"), TWO),
+        *((encoded(picture, format), CLASSES) for picture in (GREY, COLOURED) for format in ("BMP", "GIF", "TIFF")),
+        (encoded(GREY, "TIFF", compression="tiff_lzw"), CLASSES),
+        *((tiff(CLASSES, bits), CLASSES) for bits in (2, 4, 8)),
+        *((pgm(CLASSES, largest, plain), CLASSES) for largest in (3, 15, 255, 1000, 65535) for plain in (False, True)),
+        (pgm(CLASSES * 300, 1000), CLASSES * 300),
+    ],
+    ids=lambda value: value[:4].hex() if isinstance(value, bytes) else None,
+)
+def test_masks_of_every_mode_are_read_as_they_were_written(content: bytes, classes: np.ndarray, root: Path) -> None:
+    path = root / "mask"
+    path.write_bytes(content)
+    assert read_pair(root / "train" / "a.png", path)[1].tolist() == classes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encoded(GREY, "JPEG"), "in a format that keeps every value, such as PNG; got JPEG"),
+        (encoded(GREY, "TIFF", compression="jpeg"), "in a format that keeps every value, such as PNG; got TIFF"),
+        (encoded(GREY.convert("RGB"), "PNG"), "one channel, the classes; got 3: R, G, B"),
+        (encoded(GREY.convert("RGBA"), "PNG"), "one channel, the classes; got 4: R, G, B, A"),
+        (encoded(GREY.convert("LA"), "PNG"), "one channel, the classes; got 2: L, A"),
+        (encoded(GREY.convert("CMYK"), "TIFF"), "one channel, the classes; got 4: C, M, Y, K"),
+        (encoded(GREY.convert("F"), "TIFF"), "one channel, the classes; got floating-point numbers"),
+        (tiff(CLASSES, 4, white_is_zero=True), "store classes; got a picture that stores white as 0"),
+        (b"P4 3 2\n\x40\xa0", "store classes; got a picture that stores white as 0"),
+        (b"", "cannot read the image"),
+    ],
+    ids=lambda value: value[:4].hex() if isinstance(value, bytes) else None,
+)
+def test_masks_that_may_hold_other_values_are_refused(content: bytes, message: str, root: Path) -> None:
+    path = root / "mask"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{message}|{message}.*{path}") as mistake:
+        read_pair(root / "train" / "a.png", path)
+    assert str(path) in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "pixel"),
+    [
+        (encoded(Image.new("1", (3, 2), 1), "PNG"), (255, 255, 255)),
+        (png(np.full((2, 3), 5), 4), (85, 85, 85)),
+        (encoded(Image.new("LA", (3, 2), (90, 255)), "PNG"), (90, 90, 90)),
+        (encoded(Image.new("RGBA", (3, 2), (1, 2, 3, 255)), "PNG"), (1, 2, 3)),
+        (encoded(Image.new("RGB", (3, 2), (1, 2, 3)).quantize(), "PNG"), (1, 2, 3)),
+        (encoded(Image.new("CMYK", (3, 2), (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
+        (pgm(np.full((2, 3), 5), 15), (85, 85, 85)),
+    ],
+    ids=lambda value: value[:4].hex() if isinstance(value, bytes) else None,
+)
+def test_images_of_every_mode_are_read_as_they_look(content: bytes, pixel: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(content)
+    image = read_image(tmp_path / "image")
+    assert (image.size, image.getpixel((2, 1))) == ((3, 2), pixel)
+
+
+@pytest.mark.parametrize(("mode", "format"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF"), ("LAB", "TIFF")])
+def test_images_that_are_not_of_8_bits_are_refused(mode: str, format: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    Image.new(mode, (3, 2)).save(path, format)
+    for read in (read_image, partial(read_photo, size=8)):
+        with pytest.raises(ValueError, match=rf"^{path} must have 8 bits a channel; .* Pillow's mode {mode}$"):
+            read(path)
+
+
+def turn(picture: Image.Image, orientation: int) -> tuple[bytes, Image.Image]:
+    """A PNG file of a picture with a camera's turn, and the picture as it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(picture, "PNG", exif=exif)
+    return content, ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_image_is(orientation: int, root: Path) -> None:
+    classes = (np.arange(6).reshape(2, 3) % 5).astype(np.uint8)
+    stored = Image.fromarray(classes)
+    image, mask = root / "train" / "a.png", root / "trainannot" / "a.png"
+    content, shown = turn(stored, orientation)
+    image.write_bytes(content)
+    masks = {"own": content, "stored": encoded(stored, "PNG"), "shown": encoded(shown, "PNG")}
+    for kind, written in masks.items():
+        mask.write_bytes(written)
+        if kind != "own" and orientation in (2, 3, 4):  # either size is the same
+            with pytest.raises(
+                ValueError, match=rf"a.png is turned by its EXIF orientation {orientation} and .* upright$"
+            ):
+                camvid(root, "train")[0]
+        else:
+            pixels, found = camvid(root, "train")[0]
+            assert found.tolist() == pixels[0].tolist() == np.asarray(shown).tolist()
+    tiff = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tiff, "TIFF", exif=exif)
+    mask.write_bytes(tiff.getvalue())
+    if orientation > 1:
+        with pytest.raises(ValueError, match=r"trainannot/a.png is a TIFF file whose orientation is not 1"):
+            camvid(root, "train")[0]
+
+
+def test_a_turned_square_image_and_a_mask_without_a_turn_are_refused(root: Path) -> None:
+    square = Image.fromarray(np.zeros((4, 4), np.uint8))
+    (root / "train" / "a.png").write_bytes(turn(square, 6)[0])
+    (root / "trainannot" / "a.png").write_bytes(encoded(square, "PNG"))
+    with pytest.raises(ValueError, match=r"it is not known whether the mask is turned: save the image upright$"):
+        camvid(root, "train")[0]
+
+
+@pytest.mark.parametrize(("label", "ignore"), [(255, 11), (-1, 255), (300, 11)])
+def test_labels_that_are_no_class_are_named(label: int, ignore: int, root: Path) -> None:
+    mask = root / "mask.tif"
+    Image.fromarray(np.full((2, 3), label, np.int32)).save(mask)
+    dataset = Segmentation([(root / "train" / "a.png", mask)], ("a", "b"), ((0, 0, 0),) * 2, ignore)
+    with pytest.raises(ValueError, match=rf"mask.tif must have labels from 0 to 1, or {ignore} where .*; got {label}$"):
+        dataset[0]
+    with pytest.raises(ValueError, match="there must be at most 255 classes; got 256"):
+        Segmentation([], ("a",) * 256, ())
 
 
 def write_label_out_of_range(root: Path) -> None:
@@ -92,7 +283,7 @@ def delete_folder(root: Path) -> None:
         (write_colours, r"trainannot/a.png must have one channel, the classes; got 3"),
         (truncate, r"cannot read .*train/a.png: .*truncated"),
         (write_16_bits, r"train/a.png must have 8 bits a channel; got a picture of Pillow's mode I;16"),
-        (write_text, r"train/a.png is no picture that Pillow can read"),
+        (write_text, r"cannot read the image .*train/a.png: it is no image Pillow reads"),
         (delete_mask, r"train/a.png needs its mask .*trainannot/a.png, which does not exist"),
         (delete_images, r"CamVid needs images in .*train; got none"),
         (delete_folder, r"CamVid needs the folder .*trainannot, which does not exist"),
