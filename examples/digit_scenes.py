@@ -90,6 +90,10 @@ class DigitScenes(Dataset[tuple[Image, Mask]]):
     def __len__(self) -> int:
         return self.length
 
+    def fingerprint(self) -> str:
+        """What all scenes depend on."""
+        return f"{self.length} scenes of {self.split}, the key {'' if self.is_marked else 'not '}marked"
+
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         if not 0 <= index < self.length:
             raise IndexError(f"index must be from 0 to {self.length - 1}; got {index}")

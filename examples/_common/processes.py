@@ -49,6 +49,23 @@ def first_process_ahead() -> Iterator[bool]:
             dist.barrier()
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raises in every process the ValueError that what is inside has raised in one, so that none waits for it."""
+    failure = None
+    try:
+        yield
+    except ValueError as error:
+        if not dist.is_initialized():
+            raise
+        failure = str(error)
+    if dist.is_initialized():
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if first := next(filter(None, failures), None):
+            raise ValueError(first)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every process the first one's running statistics (SyncBatchNorm's are equal already)."""
     for buffer in model.buffers():

@@ -32,6 +32,10 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    def fingerprint(self) -> str:
+        """What it holds, in a few words. A run goes on only with the same."""
+        ...
+
 
 normalisation = v2.Compose(
     [

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from examples._common.processes import agree, rank_and_ranks, stop_on_signal
 from examples._common.recipe import PRECISIONS, Learner, Recipe, make_learner
-from examples._common.runs import Run
+from examples._common.runs import Run, describe_modules
 from examples._common.samples import IGNORE, Batches, Drawn, Samples, seed_everything
 
 
@@ -78,40 +78,46 @@ def fit(
 
     Raises:
         ValueError: if the folder holds a run and ``resume`` is not given, or a run of another network, recipe, data
-            set or image size; if processes resume from different steps; if the loss or a weight is not finite.
+            set or image size; if another process trains in the folder, or it is gone; if processes resume from
+            different steps; if the loss or a number of the network is not finite; if a file cannot be written.
     """
     rank, ranks = rank_and_ranks()
     device = torch.device(device)
-    if ranks > 1 and device.type == "cuda":  # PyTorch has no SyncBatchNorm for the CPU
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     learner = make_learner(model, recipe, device)
+    modules = describe_modules(model)  # whether one process trains it or many
+    if ranks > 1 and device.type == "cuda":  # PyTorch has no SyncBatchNorm for the CPU
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay the optimizer's
+        learner = learner._replace(model=model)
     facts = {
         "network": network,
+        "modules": modules,
         "samples": len(train_set),
+        "train_set": train_set.fingerprint(),
+        "val_set": val_set.fingerprint(),
         "size": tuple(val_set[0][0].shape[-2:]),
         "transform": " ".join(str(transform).split()),
         "names": train_set.names,
         "colours": train_set.colours,
     }
     run = Run(folder, learner, recipe, val_set, facts)
-    run.begin(resume)
-    forward = DistributedDataParallel(model) if ranks > 1 else model
-    batches = Batches(len(train_set), recipe.batch, run.step, recipe.steps, recipe.seed, rank, ranks)
-    loader = DataLoader(Drawn(train_set, transform, recipe.seed), batch_sampler=batches, num_workers=recipe.workers)
-    with stop_on_signal() as is_stopped, run.shown(loader) as shown:
-        model.train()
-        if run.is_due() and run.step not in run.history:
-            run.validate()
-        for image, mask in shown:
-            seed_everything(recipe.seed, run.step, rank)
-            image = image.to(device, memory_format=torch.channels_last)
-            loss = training_step(learner, forward, image, mask.to(device), recipe.precision)
-            stopped = agree(is_stopped(), device)
-            run.note(loss)
-            if stopped or run.is_due():
-                run.save(run.last)  # before the evaluation, which may outlast a process that has to stop
-            if stopped:
-                break
-            if run.is_due():
+    with run.begun(resume):
+        forward = DistributedDataParallel(model) if ranks > 1 else model
+        batches = Batches(len(train_set), recipe.batch, run.step, recipe.steps, recipe.seed, rank, ranks)
+        loader = DataLoader(Drawn(train_set, transform, recipe.seed), batch_sampler=batches, num_workers=recipe.workers)
+        with stop_on_signal() as is_stopped, run.shown(loader) as shown:
+            model.train()
+            if run.is_due() and run.step not in run.history:
                 run.validate()
+            for image, mask in shown:
+                seed_everything(recipe.seed, run.step, rank)
+                image = image.to(device, memory_format=torch.channels_last)
+                loss = training_step(learner, forward, image, mask.to(device), recipe.precision)
+                stopped = agree(is_stopped(), device)
+                run.note(loss)
+                if stopped or run.is_due():
+                    run.save(run.last)  # before the evaluation, which may outlast a process that has to stop
+                if stopped:
+                    break
+                if run.is_due():
+                    run.validate()
     return run.history

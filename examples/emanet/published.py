@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples._common.files import load_checkpoint, save_checkpoint
+from examples._common.files import first_not_finite, load_checkpoint, save_checkpoint
 from examples._common.samples import Colours
 from examples.emanet.data import VOC_NAMES, voc_colour
 from examples.emanet.model import EMANet, emanet
@@ -103,6 +103,8 @@ def load_network(path: Path | str) -> Loaded:
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n\t")[:2][-1]  # the first, where load_state_dict has many
         raise ValueError(f"{path} must hold the weights of an EMANet: {shorten(reason, 200)}") from error
+    if name := first_not_finite(weights):
+        raise ValueError(f"{path} must hold a network of finite numbers; {name} has others")
     classes = range(network["num_classes"])
     names = VOC_NAMES if len(classes) == len(VOC_NAMES) else [f"class {label}" for label in classes]
     names, colours = entries.get("names", names), entries.get("colours", map(voc_colour, classes))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,12 +32,13 @@ from examples._common.samples import Batches, Drawn, seed_everything
 from examples._common.training import fit
 from examples.emanet import evaluate as evaluate_command
 from examples.emanet import predict, train
-from examples.emanet.data import CAMVID_NAMES, augmentation, camvid
+from examples.emanet.data import CAMVID_NAMES, Segmentation, augmentation, camvid
 from examples.emanet.evaluate import iou_table
 from examples.emanet.model import EMANet
 from examples.emanet.predict import plot_overlay
 from examples.emanet.published import load_network
 from tests.ranks import run_on_ranks
+from tests.trouble import file_size_limit, held_elsewhere
 
 RECIPE = Recipe(steps=6, batch=4, evaluate_every=3)
 SIZE = (24, 32)
@@ -68,7 +71,7 @@ class InterruptedAt(Dataset[Any]):
 
     def __init__(self, dataset: Any, n: int) -> None:
         self.dataset, self.n = dataset, n
-        self.names, self.colours = dataset.names, dataset.colours
+        self.names, self.colours, self.fingerprint = dataset.names, dataset.colours, dataset.fingerprint
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,9 +169,131 @@ def test_samples_without_a_label_teach_nothing(streets: Path, tmp_path: Path) ->
 
 def test_weights_that_are_not_finite_are_not_saved(streets: Path, tmp_path: Path) -> None:
     recipe = Recipe(steps=4, batch=4, lr=1e30, evaluate_every=2)
-    with pytest.raises(ValueError, match=r"the weights are not finite at step \d: try a smaller lr than 1e\+30"):
+    with pytest.raises(ValueError, match=r"backbone.0.weight is not finite at step \d: try a smaller lr than 1e\+30$"):
         fit(tiny_emanet(), camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path)
     assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the step of the overflow is left out
+def test_a_batch_that_overflows_float16_is_neither_saved_nor_evaluated(streets: Path, tmp_path: Path) -> None:
+    recipe = Recipe(steps=2, batch=4, evaluate_every=2, precision="float16")
+    model = tiny_emanet()
+    with torch.no_grad():
+        model.backbone[0].weight.fill_(1e5)  # more than float16 has
+    with pytest.raises(ValueError, match=r"^backbone.1.running_mean is not finite at step 2: try .*, or bfloat16$"):
+        fit(model, camvid(streets, "train"), camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("change", ["exchanged", "edited", "fewer", "val_fewer", "ignore", "stages", "dropout"])
+def test_a_run_goes_on_with_what_it_was_made_from(streets: Path, tmp_path: Path, change: str) -> None:
+    root = tmp_path / "camvid"
+    shutil.copytree(streets, root)
+
+    def go_on(model: EMANet, train_set: Segmentation, val_set: Segmentation) -> dict[int, list[float]]:
+        return fit(model, train_set, val_set, augmentation((16, 24)), RECIPE, tmp_path / "run", resume=True)
+
+    go_on(tiny_emanet(), InterruptedAt(camvid(root, "train"), RECIPE.batch), camvid(root, "val"))
+    model = tiny_emanet()
+    if change == "exchanged":
+        a, b, c = (root / "train" / name for name in ("0.jpg", "1.jpg", "c"))
+        for source, target in ((a, c), (b, a), (c, b)):
+            source.rename(target)
+    elif change == "edited":
+        with Image.open(root / "valannot" / "1.png") as mask:
+            changed = np.array(mask)
+        changed[-1, -1] = (changed[-1, -1] + 1) % 11
+        Image.fromarray(changed).save(root / "valannot" / "1.png")
+    train_set, val_set = camvid(root, "train"), camvid(root, "val")
+    if change == "fewer":
+        train_set.pairs[0] = train_set.pairs[1]
+    elif change == "val_fewer":
+        del val_set.pairs[1:]
+    elif change == "ignore":
+        train_set.ignore = 255
+    elif change == "stages":
+        model.emau.stages = 5
+    elif change == "dropout":
+        next(module for module in model.modules() if isinstance(module, nn.Dropout2d | nn.Dropout)).p = 0.5
+    digest = r"\d+ samples, SHA-256 [0-9a-f]{16}"
+    train, val = (rf"a run with {name}_set = {digest}; got {name}_set = {digest}$" for name in ("train", "val"))
+    message = {
+        "edited": val,
+        "val_fewer": val,
+        "stages": "a network with emau.stages = 3; got emau.stages = 5$",
+        "dropout": r"a network with .*\.p = 0.1; got .*\.p = 0.5$",
+    }
+    with pytest.raises(ValueError, match=f"last.pt is of {message.get(change, train)}"):
+        go_on(model, train_set, val_set)
+
+
+def test_a_run_of_an_earlier_version_goes_on_from_another_folder_of_the_same_data(
+    streets: Path, tmp_path: Path
+) -> None:
+    train_tiny(streets, tmp_path / "run", interrupt_at=RECIPE.batch)
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    for name in ("modules", "train_set", "val_set"):
+        del checkpoint[name]
+    shutil.copytree(streets, tmp_path / "moved")
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    assert 6 in train_tiny(tmp_path / "moved", tmp_path / "run", resume=True)
+
+
+def test_two_trainings_do_not_share_a_folder(streets: Path, tmp_path: Path) -> None:
+    train_tiny(streets, tmp_path, interrupt_at=RECIPE.batch)
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / ".best.pt.00ff.part").write_text("of one that was killed")
+    with held_elsewhere(tmp_path / ".lock"):
+        with pytest.raises(ValueError, match=rf"^another process is writing a run in {tmp_path}: one at a time$"):
+            train_tiny(streets, tmp_path, resume=True)
+        assert (tmp_path / "last.pt").read_bytes() == before
+    assert 6 in train_tiny(streets, tmp_path, resume=True)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class Disturbed(InterruptedAt):
+    """Calls a function when a sample is asked for the n-th time."""
+
+    def __init__(self, dataset: Any, n: int, disturb: Callable[[], object]) -> None:
+        super().__init__(dataset, -1)
+        self.left, self.disturb = n, disturb
+
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            self.disturb()
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("disturbance", ["removed", "replaced", "a file"])
+def test_a_folder_that_goes_away_ends_the_run_with_a_sentence(streets: Path, tmp_path: Path, disturbance: str) -> None:
+    folder = tmp_path / "run"
+
+    def disturb() -> None:
+        shutil.rmtree(folder)
+        if disturbance == "replaced":
+            folder.mkdir()
+        elif disturbance == "a file":
+            folder.touch()
+
+    train_set = Disturbed(camvid(streets, "train"), RECIPE.batch, disturb)
+    with pytest.raises(ValueError, match=rf"^cannot write .*{folder}"):
+        fit(tiny_emanet(), train_set, camvid(streets, "val"), augmentation((16, 24)), RECIPE, folder)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_leaves_the_old_checkpoint(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(streets, tmp_path / "old", interrupt_at=RECIPE.batch)
+    size = (tmp_path / "old" / "last.pt").stat().st_size
+    for i, limit in enumerate([0, 50, 300, *(size * part // 10 for part in range(1, 10, 2)), size - 1]):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "old", folder)
+        with pytest.raises(ValueError, match=r"^cannot write .*: File too large$"), file_size_limit(limit):
+            train_tiny(streets, folder, resume=True)
+        assert load_checkpoint(folder / "last.pt")["step"] == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_training_learns(streets: Path, tmp_path: Path) -> None:

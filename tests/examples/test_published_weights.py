@@ -378,6 +378,10 @@ def checkpoint(change: Callable[[Weights], object], format: str = "official") ->
         (checkpoint(lambda w: w.pop("emau.mu")), "emau.mu must be there"),
         (checkpoint(lambda w: w.pop("fc2.bias")), "Missing key.*fc2.bias"),
         (checkpoint(lambda w: w.update({"fc0.bn.bias": torch.zeros(3)})), "size mismatch for fc0.bn.bias"),
+        (
+            checkpoint(lambda w: w["fc0.bn.running_var"].fill_(torch.inf)),
+            "must hold a network of finite numbers; fc0.bn.running_var has others",
+        ),
         (checkpoint(lambda w: w.update({"fc9.bias": torch.zeros(3)})), "no place for 1 of its tensors, fc9.bias"),
         (
             checkpoint(lambda w: w.update({"decode_head.psp.bias": torch.zeros(3)}), "mmsegmentation"),
