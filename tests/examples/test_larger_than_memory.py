@@ -1,5 +1,6 @@
 """The example of features that do not fit in memory: it is stopped and goes on, and its memory stays flat."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from ema_attention import em_attention
 from examples import larger_than_memory
+from tests.trouble import file_size_limit, held_elsewhere
 
 
 def test_the_example_goes_on_wherever_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +34,96 @@ def test_the_example_goes_on_wherever_it_was_stopped(tmp_path: Path, monkeypatch
     expected = em_attention(features.T[None].double(), mu.double(), stages)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected.out[0].T, rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "bases.npy"), expected.mu[0], rtol=0, atol=1e-5)
+
+
+def results(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("out.npy", "bases.npy")]
+
+
+def test_a_finished_run_is_neither_repeated_nor_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tmp_path), "--positions", "1000", "--channels", "8", "--tile", "300", "--bases", "4"]
+    larger_than_memory.main(command)
+    done = results(tmp_path)
+    capsys.readouterr()
+    larger_than_memory.main(command)
+    assert "out.npy and bases.npy are there already" in capsys.readouterr().out
+    assert results(tmp_path) == done
+    monkeypatch.setattr(larger_than_memory, "SECONDS_BETWEEN_SAVES", 0.0)
+    other = larger_than_memory.attend(tmp_path, 5, 3, 300)
+    for _ in zip(range(14), other, strict=False):
+        pass
+    other.close()  # killed in the last pass
+    assert results(tmp_path) == done
+    with pytest.raises(SystemExit):
+        larger_than_memory.main(command)
+    assert "state.pt is of a run with bases = 5; got bases = 4: remove it to start anew" in capsys.readouterr().err
+    (tmp_path / "state.pt").unlink()
+    larger_than_memory.main(command)
+    assert results(tmp_path) == done
+    (tmp_path / "out.npy").unlink()
+    larger_than_memory.main(command)
+    assert results(tmp_path) == done
+
+
+def test_what_is_lost_of_an_unfinished_reconstruction_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(larger_than_memory, "SECONDS_BETWEEN_SAVES", 0.0)
+    larger_than_memory.make_features(tmp_path / "features.npy", 1_000, 8, 300)
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    for folder in (whole, lost):
+        folder.mkdir()
+        os.link(tmp_path / "features.npy", folder / "features.npy")
+    list(larger_than_memory.attend(whole, 4, 1, 300))
+    run = larger_than_memory.attend(lost, 4, 1, 300)
+    for _ in zip(range(7), run, strict=False):
+        pass
+    run.close()
+    unfinished = lost / "out.unfinished.npy"
+    unfinished.write_bytes(unfinished.read_bytes()[:300])
+    list(larger_than_memory.attend(lost, 4, 1, 300))
+    assert results(lost) == results(whole)
+
+
+def test_features_that_change_under_a_run_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(larger_than_memory, "SECONDS_BETWEEN_SAVES", 0.0)
+    features = tmp_path / "features.npy"
+    larger_than_memory.make_features(features, 1_000, 8, 300)
+    run = larger_than_memory.attend(tmp_path, 4, 2, 300)
+    next(run), next(run)
+    rows = np.load(features)
+    rows[5, 5] += 1
+    np.save(features, rows)
+    with pytest.raises(ValueError, match=r"features.npy was changed during the run: remove .*state.pt to start anew"):
+        next(run)
+    with pytest.raises(ValueError, match=r"state.pt is of a run with features = .*; got features = .* to start anew"):
+        next(larger_than_memory.attend(tmp_path, 4, 2, 300))
+    (tmp_path / "state.pt").unlink()
+    run = larger_than_memory.attend(tmp_path, 4, 2, 300)
+    next(run)
+    features.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*features.npy: .*No such file"):
+        next(run)
+
+
+def test_a_full_disk_and_a_second_run_are_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tmp_path), "--positions", "1000", "--channels", "8", "--tile", "300", "--bases", "4"]
+    for limit, name in ((10_000, "features"), (20_000, "out.unfinished")):
+        with pytest.raises(SystemExit) as end, file_size_limit(limit):
+            larger_than_memory.main(command)
+        assert end.value.code == 2
+        assert f"error: cannot write {tmp_path / name}.npy: File too large\n" in capsys.readouterr().err
+        larger_than_memory.make_features(tmp_path / "features.npy", 1000, 8, 300)
+    with pytest.raises(SystemExit):
+        larger_than_memory.main([str(tmp_path / "features.npy")])
+    assert "error: cannot write" in capsys.readouterr().err
+    with held_elsewhere(tmp_path / ".lock"), pytest.raises(SystemExit):
+        larger_than_memory.main(command)
+    assert f"error: another process is writing in {tmp_path}: one at a time\n" in capsys.readouterr().err
 
 
 def test_the_example_measures_flat_memory(tmp_path: Path) -> None:
