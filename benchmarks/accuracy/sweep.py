@@ -30,7 +30,8 @@ from benchmarks.accuracy.tasks import EVALUATED_STAGES, STAGES, TASKS
 from benchmarks.blocks import TRAINED
 from benchmarks.environment import commit, machine
 from examples._common.evaluation import evaluate
-from examples._common.files import load_checkpoint
+from examples._common.files import load_checkpoint, remove_parts
+from examples._common.locks import held
 from examples._common.samples import seed_everything
 from examples._common.training import fit
 from examples.digit_scenes import DigitScenes
@@ -97,16 +98,17 @@ def run_all(runs: Sequence[Run], args: argparse.Namespace) -> None:
                     running[pool.submit(train_run, run, args.root, folders[run], device, threads)] = run
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
-                    if error := future.exception():
+                    try:
+                        if row := future.result():
+                            add_row(row, args.results)
+                            shutil.rmtree(folders[run])
+                            bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
+                        else:
+                            is_stopped = True
+                            todo.clear()
+                    except Exception as error:  # of the run, or of the results file: the other runs go on
                         failures.append(f"{run}: {error}")
                         bar.write(failures[-1])
-                    elif row := future.result():
-                        add_row(row, args.results)
-                        shutil.rmtree(folders[run])
-                        bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
-                    else:
-                        is_stopped = True
-                        todo.clear()
                     bar.update()
         except KeyboardInterrupt:  # the processes that train get it too: each ends its step and writes its checkpoint
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -131,14 +133,17 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--processes must be at least 1; got {args.processes}")
         if not any(str(run).startswith(args.only) for run in planned_runs()):
             raise ValueError(f"--only must be what a run's name begins with, see --list; got {args.only!r}")
-        runs = missing_runs(args.results, args.only)
-        if not args.list:  # a missing file is found now, not after hours
-            for task in {run.task: None for run in runs}:
+        if args.list:
+            runs = missing_runs(args.results, args.only)
+            print("\n".join(f"{'to do' if run in runs else 'done '}  {run}" for run in planned_runs()))
+            return
+        results = Path(os.path.realpath(args.results))  # the same for all links to it
+        with held(results.with_name(f".{results.name}.lock"), str(args.results)):
+            remove_parts(results)
+            runs = missing_runs(args.results, args.only)
+            for task in {run.task: None for run in runs}:  # a missing file is found now, not after hours
                 TASKS[task].network(TRAINED["no block"])
                 TASKS[task].data(args.root, "test")
-        if args.list:
-            print("\n".join(f"{'to do' if run in runs else 'done '}  {run}" for run in planned_runs()))
-        else:
             run_all(runs, args)
     except ValueError as error:
         parser.exit(2, f"{error}\n")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.accuracy.tasks import ABLATIONS, TASKS
+from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, STAGES, TASKS
 from benchmarks.blocks import TRAINED
 from benchmarks.reporting import RESULTS
 from examples._common.files import written_whole
@@ -35,21 +36,49 @@ def planned_runs() -> list[Run]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none if there is no file yet. All of them have the recipes of ``TASKS``."""
+    """The rows of a results file; none if there is no file yet. All of them have the recipes of ``TASKS``.
+
+    Raises:
+        ValueError: with the file's name and the line, for one that is no row of a run, or the second row of one.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
+    rows: dict[Run, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the results {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            run = Run(row["task"], row["block"], row["seed"])
+            run, trained_by = Run(row["task"], row["block"], row["seed"]), row["recipe"]
             recipe = asdict(replace(TASKS[run.task].recipe, seed=run.seed))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path} must have a row of a run in each line; got {line[:80]!r}") from None
-        if row["recipe"] != recipe:
+            is_row = run.block in TASKS[run.task].blocks and _are_scores(_scores_in(row))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            is_row = False
+        if not is_row:
+            raise ValueError(f"{path} must have a row of a run in each line; got {line[:80]!r} in line {number}")
+        if trained_by != recipe:
             raise ValueError(f"{path} must have rows of the recipes in tasks.py; {run} was trained by another")
-        rows.append(row)
-    return rows
+        if run in rows:
+            raise ValueError(f"{path} must have one row of each run; line {number} has {run} again")
+        rows[run] = row
+    return list(rows.values())
+
+
+def _scores_in(row: dict[str, Any]) -> list[list[float]]:
+    """The IoU of every class wherever a row has it: in all that the report reads."""
+    scores = [row["test"], *row["val"].values()]
+    if row["task"] == "digits":
+        scores.append(row["test_unmarked"])
+    if row["task"] == "mobilenet" and row["block"] in STAGES.values():
+        scores += [row["test_by_stages"][str(stages)] for stages in EVALUATED_STAGES]
+    return scores
+
+
+def _are_scores(scores: list[list[float]]) -> bool:
+    classes = len(scores[0])
+    return all(len(iou) == classes and all(0 <= one <= 1 or math.isnan(one) for one in iou) for iou in scores)
 
 
 def add_row(row: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from examples._common.recipe import Recipe
 from examples._common.samples import normalisation
 from examples.digit_scenes import DigitScenes
 from tests.benchmarks.made_up_rows import row
+from tests.trouble import held_elsewhere
 
 
 def test_rows_are_added_in_order_and_what_is_missing_is_the_rest(tmp_path: Path) -> None:
@@ -42,6 +44,76 @@ def test_rows_are_added_in_order_and_what_is_missing_is_the_rest(tmp_path: Path)
     path.write_text(json.dumps(other))
     with pytest.raises(ValueError, match="digits/Non-local/0 was trained by another"):
         read_rows(path)
+
+
+def edited(change: Callable[[dict[str, Any]], object], *made: Any) -> str:
+    made_up = row(*(made or ("digits", "Non-local", 0, 0.5)))
+    change(made_up)
+    return json.dumps(made_up)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "must have a row of a run in each line; got '' in line 2"),
+        ("5", "must have a row of a run in each line; got '5' in line 2"),
+        (edited(lambda row: None)[:-9], r"must have a row of a run in each line; got .* in line 2"),
+        *(
+            (edited(change), r"must have a row of a run in each line; got .* in line 2")
+            for change in (
+                lambda row: row.pop("recipe"),
+                lambda row: row.pop("test"),
+                lambda row: row.pop("test_unmarked"),
+                lambda row: row.update(test=[0.5]),
+                lambda row: row.update(test=[0.5, 50.0]),
+                lambda row: row.update(test=["0.5", 0.5]),
+                lambda row: row.update(val=[]),
+                lambda row: row.update(block="Nonlocal"),
+                lambda row: row.update(seed="0"),
+                lambda row: row.update(task=[]),
+            )
+        ),
+        (edited(lambda row: row.pop("test_by_stages"), "mobilenet", "T = 1", 0, 0.5), "must have a row of a run in"),
+        (edited(lambda row: row.update(seed=1)), "digits/Non-local/1 was trained by another"),
+        (
+            edited(lambda row: None, "digits", "no block", 0, 0.4),
+            "one row of each run; line 2 has digits/no block/0 again",
+        ),
+    ],
+)
+def test_a_results_file_that_was_edited_is_refused_by_line(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    add_row(row("digits", "no block", 0, 0.5), path)
+    first = path.read_text()
+    path.write_text(f"{first}{line}\n")
+    with pytest.raises(ValueError, match=rf"^{path} must have .*{message.removeprefix('must have ')}"):
+        read_rows(path)
+    path.write_bytes(first.encode() + b"\xff")
+    with pytest.raises(ValueError, match=rf"^cannot read the results {path}: .*utf-8"):
+        read_rows(path)
+
+
+def test_two_sweeps_do_not_share_a_results_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run_all", lambda runs, args: ran.append(len(runs)))
+    ran: list[int] = []
+    results, link = tmp_path / "runs.jsonl", tmp_path / "link.jsonl"
+    add_row(row("digits", "no block", 0, 0.5), results)
+    link.symlink_to(results)
+    command = ["--only", "digits/no block", "--results"]
+    with held_elsewhere(tmp_path / ".runs.jsonl.lock"):
+        for path in (results, link):
+            with pytest.raises(SystemExit) as error:
+                sweep.main([*command, str(path)])
+            assert error.value.code == 2
+            assert capsys.readouterr().err == f"another process is writing {path}: one at a time\n"
+        sweep.main(["--list", *command, str(results)])
+    sweep.main([*command, str(link)])
+    assert ran == [2]
+    add_row(row("digits", "no block", 1, 0.5), link)
+    assert len(read_rows(results)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl", "runs.jsonl"]
 
 
 def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
