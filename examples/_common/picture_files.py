@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,24 +20,35 @@ LARGEST = {"L;2": 3, "L;2R": 3, "L;4": 15, "L;4R": 15}
 """Of grey levels of few bits, which Pillow spreads: the largest becomes white."""
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture file, open.
+class Loaded(NamedTuple):
+    """A picture file, and what Pillow forgets of it once its pixels are there."""
 
-    Raises:
-        ValueError: with the file's name, for one that is missing, broken or no picture.
-    """
+    picture: Image.Image
+    turn: int
+    """The EXIF orientation."""
+    coding: tuple[str, tuple[Any, ...]]
+    """The decoder, and its settings: Pillow's raw mode, and more."""
+
+
+def load(path: Path) -> Loaded:
+    """Raises ValueError, with the file's name, for a file that is missing, broken or no picture."""
     try:
         with Image.open(path) as picture:
-            if picture.format == "TIFF" and picture.getexif().get(Base.Orientation, 1) != 1:
-                # Pillow 13.0 mixes up the pixels of those that are turned by a quarter
-                raise ValueError(f"{path} is a TIFF file whose orientation is not 1: save it upright")
-            yield picture
+            codec, _, _, settings = picture.tile[0] if picture.tile else ("", (), 0, "")  # WebP has none yet
+            turn = picture.getexif().get(Base.Orientation, 1)
+            picture.load()
     except UnidentifiedImageError:
         raise ValueError(f"cannot read the image {path}: it is no image Pillow reads") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: what Pillow says of some PNGs
+    except Exception as error:  # Pillow has many ways to say that a file is broken
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"cannot read the image {path}: {reason}") from None
+        raise ValueError(f"cannot read the image {path}: {shorten(reason, 200)}") from None
+    if picture.format == "TIFF" and turn != 1:  # Pillow 13.0 mixes up the pixels of those that are turned by a quarter
+        raise ValueError(f"{path} is a TIFF file whose orientation is not 1: save it upright")
+    if (picture.format, picture.mode) == ("BMP", "L") and path.read_bytes()[
+        28:30
+    ] != b"\x08\0":  # nor can it read these
+        raise ValueError(f"{path} is a grey BMP file of other than 8 bits: save it as PNG")
+    return Loaded(picture, turn, (codec, settings if isinstance(settings, tuple) else (settings,)))
 
 
 def read_image(path: Path) -> Image.Image:
@@ -79,12 +90,10 @@ def read_pair(image_path: Path, mask_path: Path) -> tuple[Image.Image, np.ndarra
 
 def _read_image(path: Path) -> tuple[Image.Image, tuple[int, int], int]:
     """An image in RGB, upright; its size before it was turned, and the EXIF orientation that turned it."""
-    with opened(path) as picture:
-        if picture.mode not in IMAGE_MODES:
-            raise ValueError(f"{path} must have 8 bits a channel; got a picture of Pillow's mode {picture.mode}")
-        turn = picture.getexif().get(Base.Orientation, 1)
-        picture.load()
-        return ImageOps.exif_transpose(picture).convert("RGB"), picture.size, turn
+    picture, turn, _ = load(path)
+    if picture.mode not in IMAGE_MODES:
+        raise ValueError(f"{path} must have 8 bits a channel; got a picture of Pillow's mode {picture.mode}")
+    return ImageOps.exif_transpose(picture).convert("RGB"), picture.size, turn
 
 
 def _read_mask(path: Path) -> tuple[Image.Image, int | None]:
@@ -94,16 +103,13 @@ def _read_mask(path: Path) -> tuple[Image.Image, int | None]:
             return Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int32)), None
         except Exception as error:  # loadmat has many ways to say that a file is none of its own
             raise ValueError(f"cannot read the mask {path}: {error}") from None
-    with opened(path) as picture:
-        if picture.format not in MASK_FORMATS or picture.info.get("compression") in ("jpeg", "webp"):
-            raise ValueError(f"{path} must be in a format that keeps every value, such as PNG; got {picture.format}")
-        if picture.mode not in MASK_MODES:
-            bands = picture.getbands()
-            got = "floating-point numbers" if picture.mode == "F" else f"{len(bands)}: {', '.join(bands)}"
-            raise ValueError(f"{path} must have one channel, the classes; got {got}")
-        codec, _, _, settings = picture.tile[0]
-        raw_mode, *others = settings if isinstance(settings, tuple) else (settings,)
-        if "I" in str(raw_mode).partition(";")[2]:
-            raise ValueError(f"{path} must store classes; got a picture that stores white as 0")
-        picture.load()
-        return picture.copy(), others[0] if codec.startswith("ppm") else LARGEST.get(raw_mode)
+    picture, _, (codec, (raw_mode, *others)) = load(path)
+    if picture.format not in MASK_FORMATS or picture.info.get("compression") in ("jpeg", "webp"):
+        raise ValueError(f"{path} must be in a format that keeps every value, such as PNG; got {picture.format}")
+    if picture.mode not in MASK_MODES:
+        bands = picture.getbands()
+        got = "floating-point numbers" if picture.mode == "F" else f"{len(bands)}: {', '.join(bands)}"
+        raise ValueError(f"{path} must have one channel, the classes; got {got}")
+    if "I" in str(raw_mode).partition(";")[2]:
+        raise ValueError(f"{path} must store classes; got a picture that stores white as 0")
+    return picture, others[0] if codec.startswith("ppm") else LARGEST.get(raw_mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def tiff(classes: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
     return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
+def bmp(classes: np.ndarray, bits: int, greys: Iterable[int]) -> bytes:
+    """A BMP file with a palette of greys."""
+    pixels = b"".join(packed(row, bits).ljust(4, b"\0") for row in classes[::-1])
+    palette = b"".join(bytes([grey, grey, grey, 0]) for grey in greys)
+    height, width = classes.shape
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 0, len(pixels), 0, 0, len(palette) // 4, 0)
+    start = 14 + len(info) + len(palette)
+    return struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start) + info + palette + pixels
+
+
 GREY = Image.fromarray(CLASSES.astype(np.uint8))
 COLOURED = GREY.convert("P")
 
@@ -118,6 +129,8 @@ COLOURED = GREY.convert("P")
         *((encoded(picture, format), CLASSES) for picture in (GREY, COLOURED) for format in ("BMP", "GIF", "TIFF")),
         (encoded(GREY, "TIFF", compression="tiff_lzw"), CLASSES),
         *((tiff(CLASSES, bits), CLASSES) for bits in (2, 4, 8)),
+        (bmp(CLASSES, 4, range(0, 256, 17)), CLASSES),
+        (bmp(CLASSES, 8, range(4)), CLASSES),
         *((pgm(CLASSES, largest, plain), CLASSES) for largest in (3, 15, 255, 1000, 65535) for plain in (False, True)),
         (pgm(CLASSES * 300, 1000), CLASSES * 300),
     ],
@@ -141,6 +154,7 @@ def test_masks_of_every_mode_are_read_as_they_were_written(content: bytes, class
         (encoded(GREY.convert("F"), "TIFF"), "one channel, the classes; got floating-point numbers"),
         (tiff(CLASSES, 4, white_is_zero=True), "store classes; got a picture that stores white as 0"),
         (b"P4 3 2\n\x40\xa0", "store classes; got a picture that stores white as 0"),
+        (bmp(CLASSES, 4, range(16)), "is a grey BMP file of other than 8 bits"),
         (b"", "cannot read the image"),
     ],
     ids=lambda value: value[:4].hex() if isinstance(value, bytes) else None,
@@ -163,6 +177,8 @@ def test_masks_that_may_hold_other_values_are_refused(content: bytes, message: s
         (encoded(Image.new("RGB", (3, 2), (1, 2, 3)).quantize(), "PNG"), (1, 2, 3)),
         (encoded(Image.new("CMYK", (3, 2), (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
         (pgm(np.full((2, 3), 5), 15), (85, 85, 85)),
+        (encoded(Image.new("RGB", (3, 2), (1, 2, 3)), "WEBP", lossless=True), (1, 2, 3)),
+        (encoded(Image.new("RGB", (3, 2), (128, 128, 128)), "JPEG"), (128, 128, 128)),
     ],
     ids=lambda value: value[:4].hex() if isinstance(value, bytes) else None,
 )
@@ -258,6 +274,12 @@ def write_16_bits(root: Path) -> None:
     Image.fromarray(np.zeros((2, 3), np.uint16)).save(root / "train" / "a.png")
 
 
+def cut_header(root: Path) -> None:
+    content = bytearray((root / "train" / "a.png").read_bytes())
+    content[11] = 1  # the length of the first chunk
+    (root / "train" / "a.png").write_bytes(content)
+
+
 def write_text(root: Path) -> None:
     (root / "train" / "a.png").write_text("no picture")
 
@@ -284,6 +306,7 @@ def delete_folder(root: Path) -> None:
         (truncate, r"cannot read .*train/a.png: .*truncated"),
         (write_16_bits, r"train/a.png must have 8 bits a channel; got a picture of Pillow's mode I;16"),
         (write_text, r"cannot read the image .*train/a.png: it is no image Pillow reads"),
+        (cut_header, r"cannot read the image .*train/a.png: Truncated IHDR chunk"),
         (delete_mask, r"train/a.png needs its mask .*trainannot/a.png, which does not exist"),
         (delete_images, r"CamVid needs images in .*train; got none"),
         (delete_folder, r"CamVid needs the folder .*trainannot, which does not exist"),
