@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch.distributed as dist
@@ -82,7 +83,7 @@ class Run:
         saved = load_checkpoint(self.last)
         checkpoint = {name: self.facts[name] for name in NEWER_FACTS} | saved
         states = self.learner._asdict()
-        if not self.facts.keys() | states.keys() <= checkpoint.keys():
+        if not self.facts.keys() | states.keys() | {"step", "history"} <= checkpoint.keys():
             raise ValueError(f"{self.last} must be a run's last checkpoint; it has only {', '.join(saved)}")
         theirs = _settings(checkpoint)
         for name, value in _settings(self.facts).items():
@@ -95,7 +96,10 @@ class Run:
         if name := first_not_finite(checkpoint["model"]):
             raise ValueError(f"{self.last} must hold a network of finite numbers; {name} has others")
         for name, part in states.items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{self.last} does not fit the {name}: {shorten(str(error), 200)}") from error
         self.step, self.history = checkpoint["step"], checkpoint["history"]
 
     @contextmanager

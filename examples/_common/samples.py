@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -106,6 +106,14 @@ class Batches(Sampler[list[tuple[int, int]]]):
             order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
             chosen = order[batch * self.batch : (batch + 1) * self.batch]
             yield [(epoch, int(index)) for index in chosen[self.rank :: self.ranks]]
+
+
+def loaded(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """The batches of a DataLoader, with the sentence of a worker's ValueError alone: PyTorch puts a traceback there."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
 
 
 def seed_everything(*numbers: int) -> None:

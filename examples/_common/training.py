@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from examples._common.processes import agree, rank_and_ranks, stop_on_signal
 from examples._common.recipe import PRECISIONS, Learner, Recipe, make_learner
 from examples._common.runs import Run, describe_modules
-from examples._common.samples import IGNORE, Batches, Drawn, Samples, seed_everything
+from examples._common.samples import IGNORE, Batches, Drawn, Samples, loaded, seed_everything
 
 
 def training_step(learner: Learner, forward: nn.Module, image: Tensor, mask: Tensor, precision: str) -> Tensor:
@@ -104,7 +104,7 @@ def fit(
         forward = DistributedDataParallel(model) if ranks > 1 else model
         batches = Batches(len(train_set), recipe.batch, run.step, recipe.steps, recipe.seed, rank, ranks)
         loader = DataLoader(Drawn(train_set, transform, recipe.seed), batch_sampler=batches, num_workers=recipe.workers)
-        with stop_on_signal() as is_stopped, run.shown(loader) as shown:
+        with stop_on_signal() as is_stopped, run.shown(loaded(loader)) as shown:
             model.train()
             if run.is_due() and run.step not in run.history:
                 run.validate()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from examples._common import locks
 from examples._common.files import load_checkpoint, remove_parts, save_checkpoint, written_whole
 from examples._common.locks import held
 from examples._common.photos import read_weights
@@ -125,3 +130,52 @@ def test_a_lock_is_one_process_s_and_dies_with_it(tmp_path: Path) -> None:
         held(Path(__file__, ".lock"), "a run"),
     ):
         pass
+
+
+def test_a_drive_without_locks_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks, "_lock", fail)
+    message = rf"^cannot lock {tmp_path}/.lock \(No locks available\): start nothing else that writes a run$"
+    with pytest.warns(UserWarning, match=message), held(tmp_path / ".lock", "a run") as is_held:
+        assert is_held()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, real = tmp_path / ".lock", locks._lock
+
+    def late(file: object) -> None:
+        monkeypatch.setattr(locks, "_lock", real)
+        lock.unlink()
+        real(file)
+
+    monkeypatch.setattr(locks, "_lock", late)
+    with held(lock, "a run") as is_held:
+        assert is_held()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from examples._common import locks
+from examples._common.files import written_whole
+with written_whole(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_a_file_is_written_leaves_the_old_one_and_what_is_removed_later(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(CHECKPOINT, path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert is_right(load_checkpoint(path))
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_parts(path)
+    assert list(tmp_path.iterdir()) == [path]

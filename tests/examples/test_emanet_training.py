@@ -239,6 +239,34 @@ def test_a_run_of_an_earlier_version_goes_on_from_another_folder_of_the_same_dat
     assert 6 in train_tiny(tmp_path / "moved", tmp_path / "run", resume=True)
 
 
+def test_a_checkpoint_that_does_not_fit_is_named(streets: Path, tmp_path: Path) -> None:
+    train_tiny(streets, tmp_path, interrupt_at=RECIPE.batch)
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    groups = checkpoint["optimizer"]["param_groups"]
+    for name, other in (
+        ("model", {name: value for name, value in checkpoint["model"].items() if name != "fc2.bias"}),
+        ("optimizer", {**checkpoint["optimizer"], "param_groups": groups[:2]}),
+        ("optimizer", {}),
+    ):
+        save_checkpoint(checkpoint | {name: other}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/last.pt does not fit the {name}: "):
+            train_tiny(streets, tmp_path, resume=True)
+    poisoned = checkpoint["model"] | {"fc0.bn.running_var": torch.full((8,), torch.inf)}
+    save_checkpoint(checkpoint | {"model": poisoned}, tmp_path / "last.pt")  # an earlier version saved such
+    with pytest.raises(ValueError, match=r"last.pt must hold a network of finite numbers; fc0.bn.running_var has"):
+        train_tiny(streets, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_a_sentence_also_of_a_worker(streets: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(streets, tmp_path / "data")
+    (tmp_path / "data" / "train" / "3.jpg").write_text("no picture")
+    dataset, recipe = camvid(tmp_path / "data", "train"), Recipe(steps=9, batch=10, workers=workers)
+    with pytest.raises(ValueError, match=rf"^cannot read the image {tmp_path}/data/train/3.jpg: .*[^\n]$") as mistake:
+        fit(tiny_emanet(), dataset, camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path / "run")
+    assert "\n" not in str(mistake.value)
+
+
 def test_two_trainings_do_not_share_a_folder(streets: Path, tmp_path: Path) -> None:
     train_tiny(streets, tmp_path, interrupt_at=RECIPE.batch)
     before = (tmp_path / "last.pt").read_bytes()
