@@ -54,7 +54,7 @@ class Segmentation(Dataset[Sample]):
         return len(self.pairs)
 
     def fingerprint(self) -> str:
-        """The number of samples, and a digest of the names and contents of their files and of how they are read.
+        """The number of samples, and a digest of the contents of their files, in order, and of how they are read.
 
         Raises:
             ValueError: with the file's name, for one that cannot be read.
@@ -65,8 +65,7 @@ class Segmentation(Dataset[Sample]):
                 content = path.read_bytes()
             except OSError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror}") from None
-            digest.update(f"{path.name} {len(content)} ".encode())
-            digest.update(content)
+            digest.update(hashlib.sha256(content).digest())
         return f"{len(self)} samples, SHA-256 {digest.hexdigest()[:16]}"
 
     def __getitem__(self, index: int) -> Sample:

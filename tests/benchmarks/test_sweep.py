@@ -101,6 +101,7 @@ def test_two_sweeps_do_not_share_a_results_file(
     results, link = tmp_path / "runs.jsonl", tmp_path / "link.jsonl"
     add_row(row("digits", "no block", 0, 0.5), results)
     link.symlink_to(results)
+    (tmp_path / ".runs.jsonl.00ff.part").write_text("of one that was killed")
     command = ["--only", "digits/no block", "--results"]
     with held_elsewhere(tmp_path / ".runs.jsonl.lock"):
         for path in (results, link):

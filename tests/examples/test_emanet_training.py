@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 from examples._common.evaluation import evaluate, mean_iou, segment
 from examples._common.files import load_checkpoint, save_checkpoint
 from examples._common.pictures import plot_segmentation
-from examples._common.processes import first_process_ahead
+from examples._common.processes import failing_together, first_process_ahead
 from examples._common.recipe import Recipe, parameter_groups
+from examples._common.runs import describe_modules
 from examples._common.samples import Batches, Drawn, seed_everything
 from examples._common.training import fit
 from examples.emanet import evaluate as evaluate_command
@@ -227,6 +228,14 @@ def test_a_run_goes_on_with_what_it_was_made_from(streets: Path, tmp_path: Path,
         go_on(model, train_set, val_set)
 
 
+def test_what_is_told_of_a_network_is_more_than_its_shapes() -> None:
+    model = tiny_emanet()
+    facts = describe_modules(model)
+    assert facts == describe_modules(tiny_emanet().eval())
+    expected = {"emau": "EMAUnit", "emau.stages": 3, "backbone.0.stride": (4, 4), "backbone.1.eps": 1e-5}
+    assert expected.items() <= facts.items()
+
+
 def test_a_run_of_an_earlier_version_goes_on_from_another_folder_of_the_same_data(
     streets: Path, tmp_path: Path
 ) -> None:
@@ -386,6 +395,12 @@ def test_the_processes_share_each_batch_and_resuming_goes_on() -> None:
         Batches(10, 5, 0, 1, seed=0, ranks=2)
 
 
+def fail_on_the_first_rank() -> None:
+    with failing_together():
+        if dist.get_rank() == 0:
+            raise ValueError("on purpose")
+
+
 def train_on_a_rank(root: Path, folder: Path) -> dict[str, Any]:
     """A whole run, and one that is interrupted in the first process alone and resumed in both."""
     states = {}
@@ -402,6 +417,8 @@ def train_on_a_rank(root: Path, folder: Path) -> dict[str, Any]:
                 model, samples, camvid(root, "val"), augmentation((16, 24)), RECIPE, folder / name, resume=True
             )
         states[name] = {"state": dict(model.state_dict()), "history": history}
+    with pytest.raises(ValueError, match=r"^on purpose$"):
+        fail_on_the_first_rank()
     elsewhere = folder / ("whole" if dist.get_rank() == 0 else "another machine's")
     with pytest.raises(ValueError, match=r"a folder that all processes share; they are at the steps \[6, 0\]$"):
         fit(model, train_set, camvid(root, "val"), augmentation((16, 24)), RECIPE, elsewhere, resume=True)
