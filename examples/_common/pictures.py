@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from ema_attention import EMAUnit, collect_attention_maps
+from ema_attention.look.pictures import as_photo, draw_assignment
 from examples._common.evaluation import evaluation_mode
 from examples._common.samples import IGNORE, Colours, normalisation
 
@@ -27,7 +29,7 @@ def colour_classes(mask: Tensor, colours: Colours) -> Tensor:
 def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequence[str], colours: Colours) -> Figure:
     """An image (3, H, W), uint8, its label (H, W), what ``model`` predicts, and the maps of its EM attention.
 
-    Of each :class:`EMAUnit` the hard assignment is shown: every position has the shade of its strongest basis.
+    Of each :class:`EMAUnit` the hard assignment is shown, as :func:`ema_attention.plot_attention_maps` draws it.
     """
     device = next(model.parameters()).device
     has_units = any(isinstance(module, EMAUnit) for module in model.modules())
@@ -46,8 +48,9 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
     for ax, (title, panel) in zip(axes, panels.items(), strict=False):
         ax.imshow(panel.numpy())
         ax.set_title(title)
+    photo = as_photo(image)
     for ax, (name, z) in zip(axes[len(panels) :], maps.items(), strict=True):
-        ax.imshow(z[0].argmax(0).cpu().numpy(), cmap="viridis", vmin=0, vmax=z.shape[1] - 1, interpolation="nearest")
+        draw_assignment(ax, photo, F.interpolate(z[:1].float().cpu(), photo.shape[:2], mode="bilinear")[0])
         ax.set_title(f"{name}: largest of {z.shape[1]} bases")
     for ax in axes:
         ax.set(xticks=[], yticks=[])

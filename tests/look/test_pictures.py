@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ema_attention.look.pictures import as_photo, plot_attention_maps, plot_em_stages
+from ema_attention.look.pictures import as_photo, certainty, plot_attention_maps, plot_em_stages
+
+IMAGE = torch.rand(3, 20, 30)
 
 
 def maps(num_bases: int, height: int = 6, width: int = 9) -> torch.Tensor:
@@ -31,16 +34,19 @@ def boxes_overlap(a, b) -> bool:
     return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
 
 
-@pytest.mark.parametrize("num_bases", [1, 2, 6, 8, 16, 64])
-def test_every_basis_has_a_legible_panel_a_legend_entry_and_a_colour_of_its_own(num_bases):
-    figure = plot_attention_maps(torch.rand(3, 40, 60), maps(num_bases))
+@pytest.mark.parametrize("num_bases", [1, 2, 6, 8, 12, 16, 64])
+@pytest.mark.parametrize("even", [False, True])
+def test_every_map_has_a_legible_panel_and_a_colour_of_its_own(num_bases, even):
+    z = torch.full((num_bases, 6, 9), 1 / num_bases) if even else maps(num_bases)
+    figure = plot_attention_maps(torch.rand(3, 40, 60), z)
     first, middle, last = panels(figure)
     figure.canvas.draw()
-    assert len(middle) == num_bases
+    assert len(middle) == min(num_bases, 12)
+    assert figure.legends == []
 
     texts = [ax.title.get_window_extent() for ax in (first, *middle, last)]
     boxes = [ax.get_window_extent() for ax in (first, *middle, last)]
-    boxes += [figure.legends[0].get_window_extent(), figure.axes[-1].get_tightbbox()]
+    boxes += [figure.axes[-1].get_tightbbox(), *(text.get_window_extent() for text in figure.texts)]
     everything = texts + boxes
     for i, a in enumerate(everything):
         assert min(a.x0, a.y0) >= 0
@@ -48,12 +54,60 @@ def test_every_basis_has_a_legible_panel_a_legend_entry_and_a_colour_of_its_own(
         assert a.y1 <= figure.bbox.y1
         assert not any(boxes_overlap(a, b) for b in everything[i + 1 :])
     assert all(ax.title.get_size() >= 10 for ax in middle)
-
     frames = [ax.spines["left"].get_edgecolor() for ax in middle]
-    assert len(set(frames)) == num_bases
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"basis {k}" for k in range(num_bases)]
-    assert [patch.get_facecolor() for patch in legend.get_patches()] == frames
+    assert len(set(frames)) == len(middle)
+
+
+def shown(figure) -> list[int]:
+    return [int(ax.get_title().split()[1]) for ax in panels(figure)[1]]
+
+
+def test_the_maps_are_those_of_the_largest_share_or_those_that_are_asked_for():
+    z = maps(20)
+    shares = z.mean((1, 2))
+    assert shown(plot_attention_maps(IMAGE, z)) == shares.argsort(descending=True)[:12].tolist()
+    figure = plot_attention_maps(IMAGE, z, bases=[7, 19, 2])
+    assert shown(figure) == [7, 19, 2]
+    assert np.allclose(
+        panels(plot_attention_maps(z[:3].mean(0)[None], z, bases=(19,)))[1][0].images[-1].get_array(), z[19]
+    )
+    assert len({text.get_text() for text in panels(figure)[2].texts}) > 3  # the assignment is of all
+
+
+@pytest.mark.parametrize("bases", [[], [1, 1], [-1], [4], [0.5]])
+def test_bases_that_are_none_are_refused(bases):
+    with pytest.raises(
+        ValueError, match="bases must be different numbers from 0 to 3, one or more; got " + re.escape(str(bases))
+    ):
+        plot_attention_maps(IMAGE, maps(4), bases=bases)
+
+
+def test_it_says_where_there_is_nothing_to_see_and_fades_what_is_shared_evenly():
+    even = (0.01 * maps(8)).softmax(0)
+    assert plot_attention_maps(IMAGE, maps(8)).texts == []
+    figure = plot_attention_maps(IMAGE, even)
+    assert (
+        figure.texts[0].get_text().startswith("Nothing to see: the bases are nearly equal. The strongest explains 12.")
+    )
+    assert list(panels(figure)[2].texts) == []
+    z = torch.full((4, 20, 30), 0.25)
+    z[:, :, 15:] = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1)
+    z[:, :, 20:] = torch.tensor([0.5, 0.5, 0, 0]).view(4, 1, 1)
+    _, (heat, *_), last = panels(plot_attention_maps(IMAGE, z))
+    for ax, most in ((heat, 0.7), (last, 0.8)):
+        opacity = ax.images[-1].get_alpha()
+        assert np.allclose([opacity[0, 0], opacity[0, 17], opacity[0, 25]], [0, most, most / 2])
+    masked = torch.zeros(4, 20, 30)
+    assert plot_attention_maps(IMAGE, masked).texts == []
+
+
+def test_a_notebook_shows_a_figure_and_it_saves_itself(tmp_path):
+    for number, figure in enumerate((plot_attention_maps(IMAGE, maps(3)), plot_em_stages(IMAGE, *stages(3)))):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+        for name in (f"{number}.pdf", f"{number}.png"):
+            figure.save(tmp_path / name)
+        assert (tmp_path / f"{number}.pdf").read_bytes().startswith(b"%PDF")
+        assert (tmp_path / f"{number}.png").read_bytes() == figure._repr_png_()
 
 
 def test_titles_have_the_share_of_the_image():
@@ -61,16 +115,16 @@ def test_titles_have_the_share_of_the_image():
     z[0, :, 0] = 1
     z[2, :, 1:] = 1
     _, middle, _ = panels(plot_attention_maps(torch.rand(3, 20, 40), z))
-    assert [ax.get_title() for ax in middle] == ["basis 0 · 25.0%", "basis 1 · 0.0%", "basis 2 · 75.0%"]
+    assert [ax.get_title() for ax in middle] == ["basis 2 · 75.0%", "basis 0 · 25.0%", "basis 1 · 0.0%"]
 
 
-def test_the_colour_bar_goes_from_0_to_1_and_every_map_uses_it():
-    figure = plot_attention_maps(torch.rand(3, 20, 30), maps(3) / 10)
-    assert figure.axes[-1].get_ylim() == (0, 1)
+def test_the_colour_bar_goes_from_0_to_the_largest_value_and_every_map_uses_it():
+    z = maps(3, 20, 30) / 10
+    figure = plot_attention_maps(IMAGE, z)
+    assert figure.axes[-1].get_ylim() == (0, pytest.approx(z.max().item()))
     for ax in panels(figure)[1]:
         photo, heat = ax.images
-        assert heat.get_clim() == (0, 1)
-        assert 0 < heat.get_alpha() < 1
+        assert heat.get_clim() == (0, z.max().item())
         assert photo.get_array().shape == heat.get_array().shape == (20, 30)
 
 
@@ -79,7 +133,8 @@ def test_the_assignment_is_the_largest_z_with_its_number_inside_the_region():
     _, _, last = panels(plot_attention_maps(torch.rand(3, 4, 4), z))
     assignment = last.images[-1].get_array()
     assert (assignment == z.argmax(0).numpy()).all()
-    assert {text.get_text() for text in last.texts} == {str(k) for k in z.argmax(0).unique().tolist()}
+    clear = z.argmax(0)[certainty(z) >= 0.1]
+    assert {text.get_text() for text in last.texts} == {str(k) for k in clear.unique().tolist()}
     for text in last.texts:
         x, y = text.get_position()
         assert assignment[y, x] == int(text.get_text())
@@ -130,11 +185,8 @@ def test_a_large_photograph_is_shrunk_and_keeps_its_shape():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_maps_of_any_floating_point_dtype(dtype):
-    _, middle, _ = panels(plot_attention_maps(torch.rand(3, 6, 9, dtype=dtype), maps(2).to(dtype)))
-    assert np.allclose(middle[1].images[-1].get_array(), maps(2)[1], atol=1e-2)
-
-
-IMAGE = torch.rand(3, 20, 30)
+    _, middle, _ = panels(plot_attention_maps(torch.rand(3, 6, 9, dtype=dtype), maps(2).to(dtype), bases=[1]))
+    assert np.allclose(middle[0].images[-1].get_array(), maps(2)[1], atol=1e-2)
 
 
 @pytest.mark.parametrize(

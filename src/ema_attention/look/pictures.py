@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from ema_attention.look.figure import NotebookFigure
 
 __all__ = ["plot_attention_maps", "plot_em_stages"]
 
@@ -19,66 +21,82 @@ __all__ = ["plot_attention_maps", "plot_em_stages"]
 _COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7", "#E69F00", "#404040")
 # What later rounds of eight are mixed with, 0 for black and 1 for white, and how much of it.
 _SHADES = ((0, 0.0), (1, 0.5), (0, 0.45), (1, 0.25), (0, 0.25), (1, 0.7), (0, 0.65), (1, 0.85))
+_MOST_MAPS = 12  # of plot_attention_maps, unless it is told which
 _MOST_STAGES = 6  # panels of plot_em_stages
-_LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are K + 2 of them
+_LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are many of them
+_NEARLY_EVEN = 0.1  # a certainty: below it, no basis stands out
 
 
-def plot_attention_maps(image: Any, z: Tensor) -> Figure:
+def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = None) -> NotebookFigure:
     """Draws the attention maps of one sample over its photograph.
 
-    The panels are the photograph; the K maps, each over the photograph in grey and framed in the colour
-    of its basis; and the hard assignment: every position in the colour of the basis with the largest z,
-    and the number of that basis in its widest region. There are eight colours: beyond K = 8 they come
-    round again in other shades, and the numbers tell the bases apart. The maps are taken to cover the
-    whole photograph, and are interpolated to its size.
+    The panels are the photograph; maps, each over the photograph in grey and framed in the colour of its
+    basis; and the hard assignment: every position in the colour of the basis with the largest z, and the
+    number of that basis in its widest region. The more evenly the bases share a position, the fainter its
+    colours are; where that is so everywhere, the figure says it. There are eight colours: beyond K = 8 they
+    come round again in other shades, and the numbers tell the bases apart. The maps have one colour scale,
+    up to the largest value of all; they are taken to cover the whole photograph, and are interpolated to its
+    size.
 
     Args:
         image: the photograph: a tensor (3, H, W) or (1, H, W), or anything that ``numpy.asarray`` makes
             (H, W) or (H, W, 3) of, uint8 or floating point from 0 to 1; or a PIL image, which becomes RGB.
         z: the maps of one sample, (K, h, w): ``em_attention(...).z[0]``, or ``maps[name][0]`` of those
             that :func:`collect_attention_maps` collects.
+        bases: the numbers of those whose maps are drawn, in this order. By default those with the largest
+            share, twelve at most, the largest first. The assignment is always of all.
 
     Returns:
-        A ``matplotlib.figure.Figure`` that belongs to no window: ``figure.savefig(path)`` writes it. The
-        title over a map is the number of its basis and its share of the image, the mean of the map. A
-        position that took no part (z = 0 for every basis) has no colour in the assignment.
+        A ``matplotlib.figure.Figure`` that belongs to no window: ``figure.savefig(path)`` writes it, as does
+        ``figure.save(path)``, and a notebook shows it. The title over a map is the number of its basis and its
+        share of the image, the mean of the map. A position that took no part (z = 0 for every basis) has no
+        colour.
 
     Raises:
         ImportError: without matplotlib.
         TypeError: for maps that are not a floating point tensor, or an image of another dtype.
-        ValueError: for other shapes, and for values that are not finite and from 0 to 1.
+        ValueError: for other shapes, for values that are not finite and from 0 to 1, and for bases that are
+            not different numbers from 0 to K - 1.
 
     Example:
-        >>> figure = plot_attention_maps(torch.rand(3, 48, 64), torch.randn(4, 6, 8).softmax(0))
-        >>> [ax.get_title() for ax in figure.axes[:1]]
-        ['photograph']
+        >>> figure = plot_attention_maps(torch.rand(3, 48, 64), torch.randn(4, 6, 8).softmax(0), bases=[2, 0])
+        >>> [ax.get_title().split(" · ")[0] for ax in figure.axes[:4]]
+        ['photograph', 'basis 2', 'basis 0', 'hard assignment']
     """
     _need_matplotlib("plot_attention_maps")
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import PercentFormatter
+
     photo = as_photo(image)
     _check_maps(z, "K, H, W")
     z = z.detach().float().cpu()
-    shares = z.mean((1, 2)).tolist()
+    num_bases = len(z)
+    shares = z.mean((1, 2))
+    shown = shares.argsort(descending=True, stable=True)[:_MOST_MAPS].tolist() if bases is None else list(bases)
+    if not shown or len(set(shown)) < len(shown) or not set(shown) <= set(range(num_bases)):
+        raise ValueError(f"bases must be different numbers from 0 to {num_bases - 1}, one or more; got {bases}")
+    say = _nearly_even(z)
     z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
-    num_bases, height, width = z.shape
-    colours = [colour_of_basis(k) for k in range(num_bases)]
-    figure, (first, *middle, last, bar) = _lay_out(colours, height / width)
+    figure, (first, *middle, last, bar) = _lay_out(num_bases, len(shown), photo.shape[0] / photo.shape[1], say)
 
     first.imshow(photo.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
     first.set_title("photograph")
     first.set_frame_on(False)
-    for k, ax in enumerate(middle):
+    opacity = (0.7 * certainty(z)).numpy()
+    for k, ax in zip(shown, middle, strict=True):
         ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
-        heat = ax.imshow(z[k].numpy(), cmap="cividis", vmin=0, vmax=1, alpha=0.7)
+        heat = ax.imshow(z[k].numpy(), cmap="cividis", vmin=0, vmax=z.max().item(), alpha=opacity)
         ax.set_title(f"basis {k} · {shares[k]:.1%}")
         for spine in ax.spines.values():
-            spine.set(color=colours[k], linewidth=3)
-    figure.colorbar(heat, cax=bar, label="attention z")
-    _draw_assignment(last, photo, z, colours)
+            spine.set(color=colour_of_basis(k), linewidth=3)
+    plain = ScalarMappable(heat.norm, heat.cmap)  # without the opacity of each position
+    figure.colorbar(plain, cax=bar, label="attention z", alpha=0.7, format=PercentFormatter(1))
+    draw_assignment(last, photo, z)
     last.set_title("hard assignment")
     return figure
 
 
-def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
+def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> NotebookFigure:
     """Draws how the segments of one photograph form, stage by stage, and EM's objective on the way.
 
     The panels are the hard assignment, as :func:`plot_attention_maps` draws it, after the first stage, the last,
@@ -91,7 +109,7 @@ def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
         objective: (T + 1,): ``stages.objective[:, 0]``.
 
     Returns:
-        A ``matplotlib.figure.Figure`` that belongs to no window.
+        A ``matplotlib.figure.Figure`` as :func:`plot_attention_maps` returns it.
 
     Raises:
         ImportError: without matplotlib.
@@ -104,8 +122,9 @@ def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
         ['stage 1', 'stage 2', 'stage 3', 'stage 5', 'stage 9', 'stage 15']
     """
     _need_matplotlib("plot_em_stages")
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from ema_attention.look.figure import NotebookFigure
 
     photo = as_photo(image)
     _check_maps(z, "T, K, H, W")
@@ -115,25 +134,24 @@ def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> Figure:
         raise ValueError(
             f"objective must be ({len(z) + 1},), finite, for {len(z)} stages; got {tuple(objective.shape)}"
         )
-    colours = [colour_of_basis(k) for k in range(z.shape[1])]
     ratio = len(z) ** (1 / (_MOST_STAGES - 1))
     farther = {min(len(z), round(ratio**i)) for i in range(_MOST_STAGES)}
     shown = sorted(farther) if len(z) > _MOST_STAGES else list(range(1, len(z) + 1))
 
     height, width, _ = photo.shape
     left, gap, title, curve, below = 0.9, 0.12, 0.3, 1.6, 0.5  # inches, as all lengths here
-    panel = max(1.75, 5 / len(shown), 0.65 * math.sqrt(len(colours)))  # K regions need room for their numbers
+    panel = max(1.75, 5 / len(shown), 0.65 * math.sqrt(z.shape[1]))  # K regions need room for their numbers
     columns = min(len(shown), int(16 / panel))
     rows = math.ceil(len(shown) / columns)
     row = title + panel * height / width
     total, tall = left + columns * (panel + gap), rows * row + title + curve + below
-    figure = Figure((total, tall))
+    figure = NotebookFigure((total, tall))
     for i, stage in enumerate(shown):
         x, y = left + i % columns * (panel + gap), tall - (i // columns + 1) * row
         ax = figure.add_axes((x / total, y / tall, panel / total, panel * height / width / tall))
         ax.set(xticks=[], yticks=[])
         maps = F.interpolate(z[stage - 1][None].detach().float().cpu(), (height, width), mode="bilinear")[0]
-        _draw_assignment(ax, photo, maps, colours)
+        draw_assignment(ax, photo, maps)
         ax.set_title(f"stage {stage}")
     ax = figure.add_axes((left / total, below / tall, (total - left - gap) / total, curve / tall))
     ax.plot(objective.detach().float().cpu().numpy(), color=_COLOURS[4], marker="o", markersize=4, clip_on=False)
@@ -151,22 +169,46 @@ def _need_matplotlib(function: str) -> None:
         raise ImportError(f'{function} needs matplotlib: pip install "ema-attention[plot]"') from error
 
 
-def _draw_assignment(ax: Axes, photo: Tensor, z: Tensor, colours: list[tuple[float, float, float]]) -> None:
+def draw_assignment(ax: Axes, photo: Tensor, z: Tensor) -> None:
     """The strongest basis of every position of z (K, H, W) over the grey photograph, numbered in its widest region."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patheffects import withStroke
 
     ax.set_frame_on(False)
     ax.imshow(photo.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    colours = ListedColormap([colour_of_basis(k) for k in range(len(z))])
     takes_part = z.sum(0) > 0.5  # halfway between a position that does (1) and one that does not (0)
     assignment = z.argmax(0).where(takes_part, torch.nan)
-    ax.imshow(assignment.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.75)
+    certain = certainty(z)
+    opacity = (0.8 * certain).numpy()
+    ax.imshow(assignment.numpy(), cmap=colours, vmin=-0.5, vmax=len(z) - 0.5, alpha=opacity, interpolation="nearest")
     outline = withStroke(linewidth=2, foreground="white")
-    for k in range(len(colours)):
-        region = assignment == k
+    for k in range(len(z)):
+        region = (assignment == k) & (certain >= _NEARLY_EVEN)
         if region.any():
             y, x = _widest_place(region.float())
             ax.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
+
+
+def certainty(z: Tensor) -> Tensor:
+    """How little the bases share each position of maps z (K, *spatial).
+
+    It is 0 where all have 1/K of it, or none any, and 1 where one has all of it: 1 + log(max z) / log K.
+    """
+    most = z.amax(0)
+    return most if len(z) == 1 else 1 + most.clamp(1 / len(z), 1).log() / math.log(len(z))
+
+
+def _nearly_even(z: Tensor) -> str | None:
+    """What to say of maps (K, H, W) in which there is nothing to see."""
+    takes_part = z.sum(0) > 0.5
+    if not takes_part.any() or certainty(z)[takes_part].mean() >= _NEARLY_EVEN:
+        return None
+    most = z.amax(0)[takes_part].mean()
+    return (
+        f"Nothing to see: the bases are nearly equal. The strongest explains {most:.2%} of a position, an even share\n"
+        f"is {1 / len(z):.2%}. So it is with a unit that is not trained, and with a scale that is too low."
+    )
 
 
 def as_photo(image: Any) -> Tensor:
@@ -229,27 +271,23 @@ def colour_of_basis(k: int) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _lay_out(colours: list[tuple[float, float, float]], aspect: float) -> tuple[Figure, list[Axes]]:
-    """A figure with its legend; and the axes of the photograph, of each map, of the assignment, of the colour bar.
+def _lay_out(num_bases: int, maps: int, aspect: float, say: str | None) -> tuple[NotebookFigure, list[Axes]]:
+    """A figure with a sentence below; and the axes of the photograph, of each map, of the assignment, of the bar.
 
     A grid of cells for panels that are ``aspect`` times as high as wide. All lengths are inches.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from ema_attention.look.figure import NotebookFigure
 
-    num_bases = len(colours)
-    side = max(1, round(math.sqrt(num_bases) / 2.5))  # the assignment takes side × side cells: K regions need room
-    cells = num_bases + 1 + side**2
+    side = 1 if num_bases <= _MOST_MAPS else 2  # the assignment takes side × side cells: K regions need room
+    cells = maps + 1 + side**2
     columns = max(4, math.ceil(math.sqrt(cells)))
-    columns = cells if cells <= 6 else min(columns, columns + 1, key=lambda number: -cells % number)
-    rows = math.ceil(cells / columns)
+    columns = cells if cells <= 6 and side == 1 else min(columns, columns + 1, key=lambda number: -cells % number)
+    rows = max(side, math.ceil(cells / columns))
     cell_width = max(1.75, 10.4 / columns)  # the longest title is 1.6 wide
-    title, gap, right = 0.3, 0.12, 0.75
+    title, gap, right, below = 0.3, 0.12, 0.95, 0.5 if say else 0.0
     cell_height = (cell_width - gap) * aspect + gap + title
-    legend_columns = min(num_bases, int(columns * cell_width / 1.1))
-    legend = 0.25 + 0.22 * math.ceil(num_bases / legend_columns)
-    width, height = columns * cell_width + right, rows * cell_height + legend
-    figure = Figure((width, height))
+    width, height = columns * cell_width + right, rows * cell_height + below
+    figure = NotebookFigure((width, height))
 
     def axes(row: int, column: int, side: int = 1) -> Axes:
         left, top = column * cell_width + gap / 2, height - row * cell_height - title
@@ -261,12 +299,12 @@ def _lay_out(colours: list[tuple[float, float, float]], aspect: float) -> tuple[
     corner = (rows - side, columns - side)
     grid = [divmod(cell, columns) for cell in range(rows * columns)]
     free = [(row, column) for row, column in grid if row < corner[0] or column < corner[1]]
-    panels = [axes(row, column) for row, column in free[: num_bases + 1]]
+    panels = [axes(row, column) for row, column in free[: maps + 1]]
     panels.append(axes(*corner, side))
-    left, bottom = width - right + 0.05, legend + gap
+    left, bottom = width - right + 0.05, below + gap
     panels.append(figure.add_axes((left / width, bottom / height, 0.13 / width, 1 - (title + bottom) / height)))
-    patches = [Patch(color=colour, label=f"basis {k}") for k, colour in enumerate(colours)]
-    figure.legend(handles=patches, loc="lower center", ncols=legend_columns, frameon=False, handlelength=1)
+    if say:
+        figure.text(0.5, 0.06 / height, say, ha="center", va="bottom", size=11)
     return figure, panels
 
 
