@@ -2,7 +2,7 @@
 
 from ema_attention._forms import plain_form
 from ema_attention.functional import EMAttention, GradientMode, em_attention
-from ema_attention.look.explorer import explore_attention, explore_stages
+from ema_attention.look.explorer import explore_attention, explore_features, explore_stages
 from ema_attention.look.maps import collect_attention_maps
 from ema_attention.look.pictures import plot_attention_maps, plot_em_stages
 from ema_attention.look.stages import EMStages, em_stages, model_stages
@@ -20,6 +20,7 @@ __all__ = [
     "em_attention",
     "em_stages",
     "explore_attention",
+    "explore_features",
     "explore_stages",
     "model_stages",
     "plain_form",

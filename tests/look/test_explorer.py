@@ -1,4 +1,5 @@
 import base64
+import html
 import io
 import json
 import re
@@ -19,7 +20,9 @@ from ema_attention import (
     em_attention,
     em_stages,
     explore_attention,
+    explore_features,
     explore_stages,
+    model_stages,
 )
 
 
@@ -224,6 +227,92 @@ def test_an_objective_that_is_not_finite_is_named(value):
     objective[2] = value
     with pytest.raises(ValueError, match=rf"the objective of cat must be finite; got \[.*{value}.*\]"):
         explore_stages(EMStages(z, objective), torch.rand(1, 3, 8, 10), names=["cat"])
+
+
+def starts(page: str) -> torch.Tensor:
+    """The maps of the first stage of each view."""
+    return torch.stack([view["z"][0, :, 0] for view in read(page)["views"]])
+
+
+def test_features_of_several_images_start_from_em_on_all_of_their_positions():
+    x = F.normalize(torch.randn(2, 6, 4, 5), dim=1)
+    mu = F.normalize(torch.randn(6, 3), dim=0)
+    images = torch.rand(2, 3, 8, 10)
+    side_by_side = x.movedim(0, 2).flatten(2, 3)[None]  # (1, 6, 2 · 4, 5)
+    start = em_attention(side_by_side, mu, 7, scale=9.0).mu
+    expected = em_stages(x, start, 2, scale=9.0)
+    for features in (x, [x[:1], x[1:]]):
+        data = read(explore_features(features, mu, images, stages=2, together=7, scale=9.0))
+        for b, view in enumerate(data["views"]):
+            torch.testing.assert_close(view["z"][:, :, 0], expected.z[:, b], rtol=0, atol=1e-3)
+            assert view["objective"] == pytest.approx(expected.objective[:, b].tolist(), rel=1e-5)
+    own = em_stages(x, mu, 1, scale=9.0).z[0]
+    torch.testing.assert_close(starts(explore_features(x, mu, images, together=0, scale=9.0)), own, rtol=0, atol=1e-3)
+
+
+def test_of_one_image_alone_all_stages_are_shown():
+    x, mu = torch.randn(1, 6, 4, 5), F.normalize(torch.randn(6, 3), dim=0)
+    photo = torch.rand(1, 3, 8, 10)
+    page = explore_features(x, mu, photo, stages=2, together=3)
+    assert page == explore_stages(em_stages(x, mu, 5), photo)
+
+
+def test_a_common_start_in_place_of_the_units_own():
+    model = nn.Sequential(nn.Conv2d(3, 6, 2, 2), EMAUnit(6, 4, scale=3.0), nn.ReLU(inplace=True), EMAUnit(6, 3)).eval()
+    photos = torch.rand(2, 3, 8, 10)
+    unit = model[1]
+    x = model[0](photos).detach()
+    page = explore_attention(model, [photos[:1], photos[1:]], photos, together=5)
+    side_by_side = x.movedim(0, 2).flatten(2, 3)[None]
+    projection = {"weight": unit.conv1.weight.detach().flatten(1), "bias": unit.conv1.bias.detach()}
+    start = em_attention(side_by_side, unit.mu, 5, scale=3.0, **projection).mu
+    expected = em_stages(x, start, 3, scale=3.0, **projection)
+    for view in read(page)["views"]:
+        if view["unit"] == "1":
+            torch.testing.assert_close(view["z"][:, :, 0], expected.z[:, view["image"]], rtol=0, atol=1e-3)
+    own = model_stages(model, photos)["1"].z[0]
+    torch.testing.assert_close(starts(explore_attention(model[:2], photos, photos)), own, rtol=0, atol=1e-3)
+    assert not own.allclose(expected.z[0], atol=0.05)
+
+
+@pytest.mark.parametrize("together", [-1, 2.0, True, None])
+def test_stages_together_are_a_number_of_stages(together):
+    x, photos = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 8, 10)
+    for explore in (
+        lambda: explore_features(x, torch.randn(3, 2), photos, together=together),
+        lambda: explore_attention(EMAUnit(3, 2), x, photos, together=together),
+    ):
+        with pytest.raises(ValueError, match=f"together must be an integer from 0; got {together}"):
+            explore()
+
+
+@pytest.mark.parametrize(
+    ("x", "mu", "message"),
+    [
+        (
+            torch.randn(2, 3, 4, 5),
+            torch.randn(2, 3, 2),
+            r"mu must be \(C, K\), the start of every sample; got \(2, 3, 2\)",
+        ),
+        ([], torch.randn(3, 2), "x must be features of one sample or more; got none"),
+        (torch.randn(2, 4, 4, 5), torch.randn(3, 2), r"mu must be"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(x, mu, message):
+    with pytest.raises(ValueError, match=message):
+        explore_features(x, mu, torch.rand(2, 3, 8, 10))
+
+
+def test_a_page_is_a_string_that_saves_and_shows_itself(tmp_path):
+    page = explore_stages(GOOD, torch.rand(1, 3, 8, 10), names=["Straße"])
+    assert isinstance(page, str)
+    assert type(str(page)) is str
+    page.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text("utf-8") == page
+    frame = page._repr_html_()
+    assert frame.startswith("<iframe srcdoc=")
+    assert re.findall(r"<[/\w]+", frame) == ["<iframe", "</iframe"]
+    assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == page
 
 
 GOOD = stages(4, 5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema_attention.look.pictures import as_photo, check_from_0_to_1, colour_of_basis
-from ema_attention.look.stages import EMStages, model_stages
+from ema_attention.look.stages import EMStages, em_stages_together, model_stages_together
 
-__all__ = ["explore_attention", "explore_stages"]
+__all__ = ["explore_attention", "explore_features", "explore_stages"]
 
 _MOST_POSITIONS = 10_000  # of the maps of one unit over one image; of more, each slice is averaged in blocks
 _MOST_POINTS = 1000  # of the line of a signal
 _LEVELS = 4095  # 12 bits: exact to the digit that the page shows
 _STRONGEST = 5  # positions of a basis that are listed
+
+
+class Page(str):
+    """The explorer's HTML, a string. A notebook shows the page itself."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes the page into a file."""
+        Path(path).write_text(self, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        # A document of its own: neither's styles and scripts reach the other.
+        return (
+            f'<iframe srcdoc="{html.escape(self)}" sandbox="allow-scripts allow-downloads" '
+            'title="EM attention explorer" style="width:100%;height:900px;border:0"></iframe>'
+        )
 
 
 def explore_attention(
@@ -33,7 +50,8 @@ def explore_attention(
     *,
     names: Sequence[str] | None = None,
     grid: tuple[int, int] | None = None,
-) -> str:
+    together: int = 0,
+) -> Page:
     """Runs ``model`` and returns a page that shows what every :class:`EMAUnit` in it attends to, stage by stage.
 
     The page is one HTML file that loads nothing, from nowhere. It shows each image with the maps of each unit
@@ -52,14 +70,18 @@ def explore_attention(
         names: of the images.
         grid: (h, w), for tokens of photographs: maps in one dimension are laid out so, and others stay as they
             are. Tokens before the last h·w, such as a class token, are not shown.
+        together: EM's stages over the positions of all samples, before the unit's own in each of them. With 0
+            each starts from the unit's bases, and the page shows what the model computes. With more, the number
+            of a basis stands for the same thing in more of the images, and the maps are not the model's.
 
     Returns:
-        The page; ``Path("page.html").write_text(page, encoding="utf-8")`` writes it.
+        The page, a string. ``page.save("page.html")`` writes it, and a notebook shows it.
 
     Raises:
         ImportError: without numpy or Pillow.
         TypeError, ValueError: for a model in which no unit runs, maps or an objective that are not finite, images
-            that do not fit the maps, names that are not strings, a grid that is not two positive integers.
+            that do not fit the maps, names that are not strings, a grid that is not two positive integers,
+            ``together`` that is not an integer from 0.
 
     Example:
         >>> from ema_attention import EMAUnit
@@ -74,8 +96,55 @@ def explore_attention(
         isinstance(grid, Sequence) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
     ):
         raise ValueError(f"grid must be (h, w), two positive integers; got {grid!r}")
+    _check_together(together)
     batches = [x] if isinstance(x, Tensor) else x
-    return explore_stages([_on_grid(model_stages(model, batch), grid) for batch in batches], images, names=names)
+    stages = model_stages_together(model, batches, together)
+    return explore_stages([_on_grid(batch, grid) for batch in stages], images, names=names)
+
+
+def explore_features(
+    x: Tensor | Sequence[Tensor],
+    mu: Tensor,
+    images: Iterable[Any],
+    *,
+    stages: int = 3,
+    together: int = 12,
+    scale: float = 1.0,
+    names: Sequence[str] | None = None,
+) -> Page:
+    r"""The page of :func:`explore_attention` for features, without a model.
+
+    EM runs over the positions of all samples together, and then a few stages in each. So the same number and
+    colour stand for the same thing in every image. Of a sample alone all these stages are shown.
+
+    Args:
+        x: features (B, C, \*spatial), or several of these, for images of several sizes.
+        mu: the bases to start from, (C, K).
+        images: one for each sample, as :func:`explore_attention` takes them.
+        stages: of EM in each sample, those that the page shows.
+        together: EM's stages over all samples, before. With 0, each sample starts from mu.
+        scale: sharpness of the E-step. For features of length 1, take about 10: with 1 the bases stay nearly equal.
+        names: of the images.
+
+    Returns:
+        The page.
+
+    Raises:
+        ImportError, TypeError, ValueError: as :func:`explore_attention` and :func:`em_stages`, and for bases of
+            another shape.
+
+    Example:
+        >>> x = torch.nn.functional.normalize(torch.randn(2, 16, 6, 8), dim=1)
+        >>> page = explore_features(x, x[0, :, 0, :4], torch.rand(2, 3, 48, 64), scale=10.0)
+        >>> page.save("explorer.html")  # doctest: +SKIP
+    """
+    _check_together(together)
+    if isinstance(mu, Tensor) and mu.dim() != 2:
+        raise ValueError(f"mu must be (C, K), the start of every sample; got {tuple(mu.shape)}")
+    batches = [x] if isinstance(x, Tensor) else list(x)
+    if not batches:
+        raise ValueError("x must be features of one sample or more; got none")
+    return explore_stages(em_stages_together(batches, mu, stages, together, scale), images, names=names)
 
 
 def explore_stages(
@@ -83,8 +152,8 @@ def explore_stages(
     images: Iterable[Any],
     *,
     names: Sequence[str] | None = None,
-) -> str:
-    """The page of :func:`explore_attention` for stages that are there already: features need no model.
+) -> Page:
+    """The page of :func:`explore_attention` for stages that are there already.
 
     Args:
         stages: of B samples, from :func:`em_stages`; or of each unit by its name, from :func:`model_stages`; or
@@ -133,9 +202,13 @@ def explore_stages(
     data = {"views": views, "pictures": list(pictures.values()), "names": list(names), "colours": colours}
     template = resources.files("ema_attention.look").joinpath("explorer.html").read_text(encoding="utf-8")
     # No tag can begin inside the data: a name may hold anything.
-    return template.replace(
-        "{{data}}", json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    )
+    content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return Page(template.replace("{{data}}", content))
+
+
+def _check_together(together: Any) -> None:
+    if isinstance(together, bool) or not isinstance(together, int) or together < 0:
+        raise ValueError(f"together must be an integer from 0; got {together!r}")
 
 
 def _need_numpy_and_pillow() -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ema_attention._checks import check_arguments
 from ema_attention._layout import Layout, flatten
-from ema_attention._steps import Problem, logits, prepare, run
+from ema_attention._steps import Problem, expectation, logits, maximization, prepare, run, statistics
 from ema_attention._torch import without_autocast
 from ema_attention.modules import EMAUnit
 
 __all__ = ["EMStages", "em_stages", "model_stages"]
+
+_Run: TypeAlias = tuple[Problem, Tensor, int, Layout]
+"""What EM is run on: the problem, the bases to start from, the number of stages, the layout of the maps."""
 
 
 class EMStages(NamedTuple):
@@ -60,8 +64,35 @@ def em_stages(
     """
     check_arguments(x, mu, stages, scale, "none", mask, weight, bias)
     features, layout = flatten(x)
-    problem, start = prepare(features, mu, scale, mask, weight, bias)
-    return _watch(problem, start, stages, layout)
+    return _watch(*prepare(features, mu, scale, mask, weight, bias), stages, layout)
+
+
+@torch.no_grad()
+def em_stages_together(
+    batches: Sequence[Tensor], mu: Tensor, stages: int, together: int, scale: float
+) -> list[EMStages]:
+    """The stages of each batch, from bases mu after ``together`` stages over the positions of all samples.
+
+    Of a sample alone those are stages like the others.
+    """
+    runs = []
+    alone = sum(len(x) for x in batches) == 1
+    for x in batches:
+        check_arguments(x, mu, stages, scale, "none", None, None, None)
+        features, layout = flatten(x)
+        runs.append((*prepare(features, mu, scale, None, None, None), stages + together * alone, layout))
+    return _watch_together(runs, 0 if alone else together)
+
+
+@torch.no_grad()
+def _watch_together(runs: Sequence[_Run], together: int) -> list[EMStages]:
+    """Watches each run, from the bases of the first after ``together`` stages over the positions of all samples."""
+    problems, mu = [problem for problem, *_ in runs], runs[0][1]
+    with without_autocast(mu.device):
+        for _ in range(together):
+            sums = [statistics(problem, expectation(problem, mu)).sum(0, keepdim=True) for problem in problems]
+            mu = maximization(problems[0], torch.stack(sums).sum(0), mu)
+    return [_watch(problem, mu, stages, layout) for problem, _, stages, layout in runs]
 
 
 def _watch(problem: Problem, mu: Tensor, stages: int, layout: Layout) -> EMStages:
@@ -100,12 +131,44 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
         {'1': (3, 2, 4, 8, 8)}
     """
     stages: dict[str, EMStages] = {}
+    _see_units(model, x, lambda name, *seen: stages.__setitem__(name, _watch(*seen)))
+    return stages
 
-    def keep(name: str, unit: EMAUnit, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
-        stages[name] = _unit_stages(unit, *args, **kwargs)
+
+@torch.no_grad()
+def model_stages_together(model: nn.Module, batches: Sequence[Any], together: int) -> list[dict[str, EMStages]]:
+    """Of each batch what :func:`model_stages` returns, but from bases that all samples have in common.
+
+    They are a unit's own bases after ``together`` stages over the positions of all samples.
+    """
+    seen: list[dict[str, _Run]] = []
+    for x in batches:
+        runs: dict[str, _Run] = {}
+
+        def keep(name: str, problem: Problem, *others: Any, runs: dict[str, _Run] = runs) -> None:
+            runs[name] = (problem._replace(x=problem.x.clone()), *others)  # the model may go on in place
+
+        _see_units(model, x, keep)
+        seen.append(runs)
+    stages: list[dict[str, EMStages]] = [{} for _ in seen]
+    for name in dict.fromkeys(name for runs in seen for name in runs):
+        ran = [i for i, runs in enumerate(seen) if name in runs]
+        for i, watched in zip(ran, _watch_together([seen[i][name] for i in ran], together), strict=True):
+            stages[i][name] = watched
+    return stages
+
+
+def _see_units(model: nn.Module, x: Any, see: Callable[..., None]) -> None:
+    """Runs the model, and calls ``see(name, *run)`` for each unit as it runs."""
+    has_run = False
+
+    def hook(name: str, unit: EMAUnit, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+        nonlocal has_run
+        has_run = True
+        see(name, *_unit_run(unit, *args, **kwargs))
 
     handles = [
-        module.register_forward_hook(partial(keep, name), with_kwargs=True)
+        module.register_forward_hook(partial(hook, name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, EMAUnit)
     ]
@@ -119,11 +182,10 @@ def model_stages(model: nn.Module, x: Tensor) -> dict[str, EMStages]:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    if not stages:
+    if not has_run:
         raise ValueError(f"an EMAUnit of the model must run; got a {type(model).__name__} in which none does")
-    return stages
 
 
-def _unit_stages(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> EMStages:
+def _unit_run(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> _Run:
     features, layout = flatten(x, unit.channel_dim)
-    return _watch(*unit._prepare(features, layout, mask, unit.mu), unit.stages, layout)
+    return (*unit._prepare(features, layout, mask, unit.mu), unit.stages, layout)
