@@ -85,17 +85,17 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 @torch.no_grad()
-def extract_features(backbone: Callable[[Tensor], Tensor], photo: np.ndarray) -> Tensor:
-    """Features (1, C, H/8, W/8) of a photograph (H, W, 3), less their mean over the positions."""
+def extract_features(backbone: Callable[[Tensor], Tensor], photo: np.ndarray, centred: bool = True) -> Tensor:
+    """Features (1, C, H/8, W/8) of a photograph (H, W, 3), less their mean over the positions if ``centred``."""
     mirrored = np.pad(photo, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="symmetric")
     x = backbone(torch.from_numpy(mirrored).permute(2, 0, 1)[None].float())
     edge, height, width = (length // STRIDE for length in (MARGIN, *photo.shape[:2]))
     x = x[:, :, edge : edge + height, edge : edge + width]
-    return x - x.mean((2, 3), keepdim=True)
+    return x - x.mean((2, 3), keepdim=True) if centred else x
 
 
 def farthest_positions(x: Tensor, num_bases: int) -> Tensor:
-    """Bases (C, K) to start from, the directions of K positions of x (1, C, H, W), whose mean is 0.
+    """Bases (C, K) to start from, the directions of K positions of x (1, C, *spatial), whose mean is 0.
 
     The first is the position farthest from the mean. Each next one is the least like those before it.
 

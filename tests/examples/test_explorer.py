@@ -8,6 +8,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from ema_attention import em_stages
 from examples import explorer
 
 
@@ -28,7 +29,7 @@ def test_writes_a_page_of_several_photographs_whole_and_says_how_far_it_is(photo
     upright = tmp_path / "upright.png"
     Image.fromarray(np.asarray(Image.open(photo)).transpose(1, 0, 2)).save(upright)
     output = tmp_path / "new" / "folder" / "page.html"
-    options = ["--size", "96", "--bases", "3", "--stages", "4", "--output", str(output)]
+    options = ["--size", "96", "--bases", "3", "--together", "5", "--stages", "4", "--output", str(output)]
     explorer.main([str(photo), str(upright), *options])
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
     data = read(output)
@@ -40,22 +41,40 @@ def test_writes_a_page_of_several_photographs_whole_and_says_how_far_it_is(photo
     for view in data["views"]:
         assert (np.diff(view["objective"]) >= 0).all()
     said = capsys.readouterr().out.splitlines()
-    assert [line[9:] for line in said[1:3]] == [
-        "1 of 2: photo.png, 4 stages of EM at 8×12 positions",
-        "2 of 2: upright.png, 4 stages of EM at 12×8 positions",
+    assert [line[9:] for line in said[1:4]] == [
+        "1 of 2: photo.png, features at 8×12 positions",
+        "2 of 2: upright.png, features at 12×8 positions",
+        "5 stages of EM on all together, 4 on each",
     ]
     assert f"page: {output}, " in said[-1]
 
 
+def test_the_same_thing_in_two_images_has_the_same_number(tmp_path):
+    """The same photograph mirrored: a cat's eyes and nose are one basis, in both."""
+    cat = Image.fromarray(skimage.data.chelsea())
+    paths = [tmp_path / "cat.png", tmp_path / "mirrored.png"]
+    cat.save(paths[0])
+    cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(paths[1])
+    explorer.main([*map(str, paths), "--size", "224", "--output", str(tmp_path / "page.html")])
+    left, right = (np.array(view["share"][-1]) for view in read(tmp_path / "page.html")["views"])
+    assert np.abs(left - right).max() < 0.03
+    assert np.ptp(left) > 0.05
+
+
 def test_the_default_is_the_cat(monkeypatch):
     seen = {}
+
+    def explore(*args, **options):
+        seen.update(x=args[0], mu=args[1], **options)
+        return ""
+
     monkeypatch.setattr(explorer, "written_whole", lambda path: seen.update(path=path) or nullcontext(io.BytesIO()))
-    monkeypatch.setattr(explorer, "explore_stages", lambda stages, photos, names: seen.update(s=stages) or "")
+    monkeypatch.setattr(explorer, "explore_features", explore)
     explorer.main([])
     assert str(seen["path"]) == "out/explorer.html"
-    (stages,) = seen["s"]
-    assert stages.z.shape == (15, 1, 6, 37, 56)
-    left_eye, right_eye, nose = (stages.z[-1, 0, :, y // 8, x // 8] for x, y in ((174, 117), (318, 141), (264, 243)))
+    z = em_stages(*seen["x"], seen["mu"], seen["together"] + seen["stages"], scale=seen["scale"]).z
+    assert z.shape == (15, 1, 6, 37, 56)
+    left_eye, right_eye, nose = (z[-1, 0, :, y // 8, x // 8] for x, y in ((174, 117), (318, 141), (264, 243)))
     assert left_eye.argmax() == right_eye.argmax() == nose.argmax()
 
 
