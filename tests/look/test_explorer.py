@@ -257,21 +257,34 @@ def test_of_one_image_alone_all_stages_are_shown():
     assert page == explore_stages(em_stages(x, mu, 5), photo)
 
 
+class InPlace(nn.Module):
+    """A model that overwrites what its unit has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unit = nn.Conv2d(3, 6, 2, 2), EMAUnit(6, 4, scale=30.0)
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        x = self.conv(photos)
+        y = self.unit(x)
+        x.zero_()
+        return y
+
+
 def test_a_common_start_in_place_of_the_units_own():
-    model = nn.Sequential(nn.Conv2d(3, 6, 2, 2), EMAUnit(6, 4, scale=3.0), nn.ReLU(inplace=True), EMAUnit(6, 3)).eval()
-    photos = torch.rand(2, 3, 8, 10)
-    unit = model[1]
-    x = model[0](photos).detach()
+    model = InPlace()
+    photos = torch.rand(2, 3, 24, 30)  # so many positions that EM is on the unit's input itself
     page = explore_attention(model, [photos[:1], photos[1:]], photos, together=5)
+    x = model.conv(photos).detach()
+    projection = {"weight": model.unit.conv1.weight.detach().flatten(1), "bias": model.unit.conv1.bias.detach()}
     side_by_side = x.movedim(0, 2).flatten(2, 3)[None]
-    projection = {"weight": unit.conv1.weight.detach().flatten(1), "bias": unit.conv1.bias.detach()}
-    start = em_attention(side_by_side, unit.mu, 5, scale=3.0, **projection).mu
-    expected = em_stages(x, start, 3, scale=3.0, **projection)
+    start = em_attention(side_by_side, model.unit.mu, 5, scale=30.0, **projection).mu
+    expected = em_stages(x, start, 3, scale=30.0, **projection)
+    assert expected.z.std(2).mean() > 0.1
     for view in read(page)["views"]:
-        if view["unit"] == "1":
-            torch.testing.assert_close(view["z"][:, :, 0], expected.z[:, view["image"]], rtol=0, atol=1e-3)
-    own = model_stages(model, photos)["1"].z[0]
-    torch.testing.assert_close(starts(explore_attention(model[:2], photos, photos)), own, rtol=0, atol=1e-3)
+        torch.testing.assert_close(view["z"][:, :, 0], expected.z[:, view["image"]], rtol=0, atol=1e-3)
+    own = model_stages(model, photos)["unit"].z[0]
+    torch.testing.assert_close(starts(explore_attention(model, photos, photos)), own, rtol=0, atol=1e-3)
     assert not own.allclose(expected.z[0], atol=0.05)
 
 
