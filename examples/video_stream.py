@@ -5,7 +5,8 @@ python -m examples.video_stream FOLDER --frames 30 --bases 16
 
 A cold start takes the bases from the frame's own farthest positions. A warm start takes the bases of the frame
 before, after its one stage. The objective that EM climbs is then followed from both starts, for a number of
-stages. It needs ``pip install "ema-attention[examples]"``.
+stages. It also writes a GIF of the carried bases' segments over the frames: they stay with the things.
+It needs ``pip install "ema-attention[examples]"``.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ema_attention import em_attention
-from examples._common.files import write_figure
+from ema_attention.look.pictures import certainty, colour_of_basis
+from examples._common.files import write_figure, written_whole
 from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
 REACHED = 0.01  # a start has arrived when it lacks at most this share of the cold start's climb
 COLD, WARM = "#0072b2", "#d55e00"  # Okabe and Ito's blue and vermilion
+OVERLAID, WIDTH, PAUSE = 60, 320, 250  # of the GIF: frames at most, pixels of each, milliseconds between them
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -57,21 +61,41 @@ def stages_to(objectives: np.ndarray, target: float) -> int:
 
 
 @torch.no_grad()
-def follow(paths: list[Path], args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """The objectives (frames, stages + 1) of every frame but the first, from a cold and from a warm start."""
+def follow(paths: list[Path], args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[Image.Image]]:
+    """The objectives (frames, stages + 1) of every frame but the first, from a cold and from a warm start.
+
+    And the first frames with the segments of the carried bases over them.
+    """
     backbone = efficientnet_lite0("DEFAULT")
-    cold, warm, carried = [], [], None
+    cold, warm, overlaid, carried = [], [], [], None
     for path in tqdm(paths, unit="frame"):
-        x = F.normalize(extract_features(backbone, read_photo(path, args.size)), dim=1)
+        photo = read_photo(path, args.size)
+        x = F.normalize(extract_features(backbone, photo), dim=1)
         start = farthest_positions(x, args.bases)[None]
         if carried is None:
             carried = climb(x, start, args.stages, args.scale)[1][-1]
-            continue
-        cold.append(climb(x, start, args.stages, args.scale)[0])
-        objectives, bases = climb(x, carried, args.stages, args.scale)
-        warm.append(objectives)
-        carried = bases[1]
-    return np.stack(cold), np.stack(warm)
+        else:
+            cold.append(climb(x, start, args.stages, args.scale)[0])
+            objectives, bases = climb(x, carried, args.stages, args.scale)
+            warm.append(objectives)
+            carried = bases[1]
+        if len(overlaid) < OVERLAID:
+            overlaid.append(overlay(photo, em_attention(x, carried, 1, scale=args.scale).z[0]))
+    return np.stack(cold), np.stack(warm), overlaid
+
+
+def overlay(photo: np.ndarray, z: Tensor) -> Image.Image:
+    """A photograph (H, W, 3) and, next to it, its strongest bases' colours over it, the fainter the more are equal."""
+    size = WIDTH, round(WIDTH * photo.shape[0] / photo.shape[1])
+    image = Image.fromarray(photo).resize(size)
+    z = F.interpolate(z[None], size[::-1], mode="bilinear")[0]
+    colours = torch.tensor([colour_of_basis(k) for k in range(len(z))])
+    opacity = 0.6 * certainty(z)[..., None]
+    blend = (
+        opacity * colours[z.argmax(0)] + (1 - opacity) * torch.from_numpy(np.array(image.convert("L")))[..., None] / 255
+    )
+    both = np.concatenate([np.asarray(image), (255 * blend).byte().numpy()], 1)
+    return Image.fromarray(both).quantize(128, dither=Image.Dither.NONE)
 
 
 def plot(cold: np.ndarray, warm: np.ndarray, needed: np.ndarray) -> Figure:
@@ -98,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("stages", "frames"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}")
-    cold, warm = follow(find_frames(args.folder, args.frames), args)
+    cold, warm, overlaid = follow(find_frames(args.folder, args.frames), args)
     targets = cold[:, -1] - REACHED * (cold[:, -1] - cold[:, 0])
     needed = np.array([[stages_to(row, t) for row, t in zip(rows, targets, strict=True)] for rows in (cold, warm)])
     print(f"{len(cold)} frames after the first, {args.bases} bases, scale {args.scale}")
@@ -110,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"  a warm start that does not come there in {args.stages} stages: {never} of {len(warm)} frames")
     write_figure(plot(cold, warm, needed), args.output)
     print(f"picture: {args.output}")
+    with written_whole(args.overlay) as file:
+        overlaid[0].save(file, "GIF", save_all=True, append_images=overlaid[1:], duration=PAUSE, loop=0)
+    print(f"segments over the frames: {args.overlay}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,6 +149,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=448, help="pixels of the longer side (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("out/video_stream.png"), help="the picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        default=Path("out/video_stream.gif"),
+        help=f"the first {OVERLAID} frames with the segments of the carried bases over them (default: %(default)s)",
     )
     try:
         run(parser.parse_args(argv))

@@ -64,12 +64,13 @@ def test_the_example_on_a_panning_camera(tmp_path: Path, capsys: pytest.CaptureF
     photo = skimage.data.chelsea()
     for i in range(4):
         Image.fromarray(photo[:, 8 * i : 8 * i + 300]).save(tmp_path / f"{i}.png")
-    output = tmp_path / "picture.png"
+    output, moving = tmp_path / "new" / "picture.png", tmp_path / "new" / "moving.gif"
     objectives = []
     plot = video_stream.plot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video_stream, "plot", lambda *args: objectives.extend(args) or plot(*args))
-        video_stream.main([str(tmp_path), "--size", "128", "--bases", "6", "--output", str(output)])
+        options = ["--size", "128", "--bases", "6", "--output", str(output), "--overlay", str(moving)]
+        video_stream.main([str(tmp_path), *options])
     cold, warm, needed = objectives
     # Which of many optima a start comes to depends on the last digit of the features, and so on the number of
     # threads. That carried bases begin where a cold start has to climb to does not.
@@ -79,6 +80,19 @@ def test_the_example_on_a_panning_camera(tmp_path: Path, capsys: pytest.CaptureF
         assert re.search(rf"  {name} +{int(np.median(counts))} .* {counts.mean():.1f}\n", text)
     with Image.open(output) as picture:
         assert picture.width > 500
+    with Image.open(moving) as frames:
+        assert frames.n_frames == 4
+        assert frames.width == 2 * video_stream.WIDTH
+
+
+def test_the_overlay_has_the_colour_of_the_strongest_basis_the_fainter_the_more_are_equal() -> None:
+    photo = np.full((64, 96, 3), 100, np.uint8)
+    z = torch.full((3, 8, 12), 1 / 3)
+    z[:, :, 6:] = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)
+    pixels = np.asarray(video_stream.overlay(photo, z).convert("RGB")).astype(int)
+    assert pixels.shape == (213, 640, 3)
+    assert (np.abs(pixels[:, :460] - 100) <= 2).all()  # the photograph, and where all are equal
+    assert (np.abs(pixels[100, 620] - (0.6 * np.array([0x56, 0xB4, 0xE9]) + 0.4 * 100)) <= 3).all()
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "must exist"), (".", "must hold 2 images or more; got 0")])
