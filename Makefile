@@ -7,9 +7,9 @@ INSTALLED = $(VENV)/.installed
 .PHONY: help demo explorer train-quick test test-floor fuzz mutants bench bench-quick report docs check format build clean
 
 help:
-	@echo "make demo         attention maps of a photograph, and an EMANet forward on it"
-	@echo "make explorer     a page to look into the attention of that photograph, or of yours: IMAGES=..."
-	@echo "make train-quick  a network learns a task that needs global context (a minute on 2 cores)"
+	@echo "make demo         attention maps of a photograph, and a page to look into them"
+	@echo "make explorer     that page of your own images: IMAGES=..."
+	@echo "make train-quick  a network learns a task that needs global context, and one without the unit (2 minutes)"
 	@echo "make test         all tests"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
 	@echo "make fuzz         10,000 random inputs, and every bit of a checkpoint flipped"
@@ -33,9 +33,10 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.attention_maps
 	@echo
-	$(BIN)/python -m examples.emanet.forward
+	$(BIN)/python -m examples.explorer
 	@echo
-	@echo "The attention maps are in out/attention_maps.png"
+	@echo "The attention maps are in out/attention_maps.png."
+	@echo "Open out/explorer.html in a browser to look into them."
 
 explorer: $(INSTALLED)
 	$(BIN)/python -m examples.explorer $(IMAGES)

@@ -1,15 +1,14 @@
-"""Makes the pictures of the site, from scikit-image's cat and the demo's offline backbone.
+"""Makes the pictures of the site, from photographs of scikit-image and scikit-learn and the demo's offline backbone.
 
 python -m docs.make_pictures
 
-It needs ``pip install "ema-attention[examples,docs]"`` and Chromium.
+It needs ``pip install "ema-attention[examples]"``.
 """
 
 from __future__ import annotations
 
 import io
-import shutil
-import tempfile
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +16,42 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
 from torch import Tensor
 
-from ema_attention import EMStages, em_stages, explore_stages, plot_em_stages
+from ema_attention import EMStages, em_stages, plot_attention_maps, plot_em_stages
 from ema_attention.look.pictures import colour_of_basis
 from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
 FOLDER = Path(__file__).with_name("pictures")
 STAGES, SCALE = 15, 10.0  # the demo's
+GALLERY = {  # a good basis of 6 and a bad one
+    "skimage.data/chelsea.png": (0, 4),
+    "sklearn.datasets.images/china.jpg": (0, 2),
+    "sklearn.datasets.images/flower.jpg": (2, 1),
+    "skimage.data/coins.png": (0, 4),
+    "skimage.data/motorcycle_left.png": (4, 0),
+    "skimage.data/coffee.png": (2, 5),
+    "skimage.data/astronaut.png": (1, 0),
+    "skimage.data/rocket.jpg": (4, 1),
+}
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     photo = read_photo(None, 448)
-    x = extract_features(efficientnet_lite0("DEFAULT"), photo)
+    backbone = efficientnet_lite0("DEFAULT")
+    x = extract_features(backbone, photo)
     stages = attend(x, 6, SCALE)
     save(plot_em_stages(photo, stages.z[:, 0], stages.objective[:, 0]), "stages.png")
     save(plot_choices(photo, x), "choices.png")
-    page = explore_stages(stages, [photo], names=["the cat of scikit-image"])
-    photograph(page, "explorer.png")
+    for source, bases in GALLERY.items():
+        package, name = source.split("/")
+        with as_file(files(package) / name) as path:
+            photo = read_photo(path, 448)
+        z = attend(extract_features(backbone, photo), 6, SCALE).z[-1, 0]
+        path = FOLDER / f"gallery_{Path(name).stem}.jpg"
+        plot_attention_maps(photo, z, bases=bases).savefig(path, dpi=100, pil_kwargs={"quality": 88})
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def attend(x: Tensor, bases: int, scale: float) -> EMStages:
@@ -62,26 +77,10 @@ def plot_choices(photo: np.ndarray, x: Tensor) -> Figure:
     return figure
 
 
-def photograph(html: str, name: str) -> None:
-    """A picture of the explorer's page, at a position in the cat's eye."""
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
-        path = Path(folder) / "page.html"
-        path.write_text(html, encoding="utf-8")
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page: Page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-ready]")
-        box = page.locator(".stack").bounding_box()
-        page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.4 * box["height"])
-        save(page.screenshot(), name)
-        browser.close()
-
-
-def save(picture: Figure | bytes, name: str) -> None:
+def save(picture: Figure, name: str) -> None:
     """Writes a PNG of 200 colours, which is a third of the size."""
-    buffer = io.BytesIO(picture if isinstance(picture, bytes) else b"")
-    if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=100)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=100)
     Image.open(buffer).convert("RGB").quantize(200, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
     print(f"{FOLDER / name}: {(FOLDER / name).stat().st_size / 1000:.0f} kB")
 
