@@ -320,6 +320,8 @@ def test_a_page_is_a_string_that_saves_and_shows_itself(tmp_path):
     page = explore_stages(GOOD, torch.rand(1, 3, 8, 10), names=["Straße"])
     assert isinstance(page, str)
     assert type(str(page)) is str
+    assert str(page).startswith("<!doctype html>")
+    assert repr(page) == "<the explorer's page, 0.0 MB>"
     page.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text("utf-8") == page
     frame = page._repr_html_()

@@ -35,6 +35,9 @@ class Page(str):
         """Writes the page into a file."""
         Path(path).write_text(self, encoding="utf-8")
 
+    def __repr__(self) -> str:
+        return f"<the explorer's page, {len(self) / 1e6:.1f} MB>"  # a notebook keeps this too
+
     def _repr_html_(self) -> str:
         # A document of its own: neither's styles and scripts reach the other.
         return (
