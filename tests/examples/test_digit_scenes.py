@@ -1,4 +1,8 @@
+import re
+from concurrent.futures import Future
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -7,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Image, Mask
 
 from ema_attention import EMAUnit
+from examples import digit_scenes
 from examples.digit_scenes import SPLITS, DigitScenes, ShortSightedNet, plot_scenes
 
 CELLS = [(slice(row, row + 16), slice(column, column + 16)) for row in range(0, 64, 16) for column in range(0, 64, 16)]
@@ -142,9 +147,52 @@ def test_the_picture_has_a_row_for_each_of_image_label_and_prediction():
     drawn = torch.from_numpy(np.array(figure.axes[4].images[0].get_array()))
     for value, colour in ((0, (0, 0, 0)), (1, (86, 180, 233))):
         assert (drawn[labels[1] == value] == torch.tensor(colour)).all()
-    assert len(plot_scenes(images, labels, labels == 1).axes) == 9
+    two = plot_scenes(images, labels, {"without": labels == 0, "with": labels == 1})
+    assert [ax.get_ylabel() for ax in two.axes[::3]] == ["image", "label", "without", "with"]
+    for ax, shown in ((two.axes[7], labels[1] == 0), (two.axes[10], labels[1])):
+        assert (ax.images[0].get_array()[shown == 1] == (86, 180, 233)).all()
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["background", "same digit as the key"]
+
+
+class AtOnce:
+    """In place of another process, which would have to import all of this."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args) -> None:
+        pass
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_the_example_trains_the_network_without_the_unit_and_with_it(tmp_path, capsys, monkeypatch):
+    blocks = []
+    monkeypatch.setattr(digit_scenes, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(digit_scenes, "TEST_SCENES", 3)
+    monkeypatch.setattr(digit_scenes, "ShortSightedNet", lambda make: blocks.append(make(48)) or ShortSightedNet(make))
+    threads = torch.get_num_threads()
+    digit_scenes.main(["--steps", "2", "--output", str(tmp_path)])
+    assert torch.get_num_threads() == threads
+    assert [type(block) for block in blocks] == [nn.Identity, EMAUnit]
+    assert blocks[1].gradient == "all"
+    said = capsys.readouterr().out
+    assert "on 3 scenes with digits that no network has seen:" in said
+    assert re.search(r"  without the unit +\d+\.\d%\n  with the unit +\d+\.\d%\n", said)
+    with PIL.Image.open(tmp_path / "run-0" / "test_scenes.png") as picture:
+        assert picture.width > 500
+    assert sorted(path.name for path in (tmp_path / "run-0").iterdir()) == [
+        "test_scenes.png",
+        "with-the-unit",
+        "without-the-unit",
+    ]
 
 
 @pytest.mark.parametrize(
