@@ -72,6 +72,7 @@ def test_the_default_is_the_cat(monkeypatch):
     monkeypatch.setattr(explorer, "explore_features", explore)
     explorer.main([])
     assert str(seen["path"]) == "out/explorer.html"
+    assert seen["x"][0].mean((2, 3)).norm() < 0.15  # less their mean, and then of length 1
     z = em_stages(*seen["x"], seen["mu"], seen["together"] + seen["stages"], scale=seen["scale"]).z
     assert z.shape == (15, 1, 6, 37, 56)
     left_eye, right_eye, nose = (z[-1, 0, :, y // 8, x // 8] for x, y in ((174, 117), (318, 141), (264, 243)))

@@ -390,6 +390,7 @@ def test_the_more_evenly_a_position_is_shared_the_fainter_it_is(page, stages):
 def test_it_says_where_there_is_nothing_to_see(visit):
     even = em_stages(torch.randn(1, 4, 6, 8), F.normalize(torch.randn(4, 5), dim=0), 3, scale=0.01)
     page = visit(explore_stages(even, torch.rand(1, 3, 60, 80)))
+    assert page.is_visible("#even")
     assert re.search(r"nearly equal\..* 20\.\d\d.%.* an even share is 20\.00", page.inner_text("#even"))
     assert (painted(page)[..., 3] < 10).all()
     assert page.locator(".stack .tag").count() == 0
