@@ -506,6 +506,9 @@ def test_a_notebook_shows_the_page_in_a_frame_that_leaves_it_alone(browser, tmp_
     frame.focus(".stack")
     page.keyboard.press("2")
     assert frame.inner_text("#basis-title") == "Basis 2"
+    with page.expect_download() as download:
+        frame.click("#save")
+    assert download.value.suggested_filename == "-iframe-basis-2.png"
     page.wait_for_timeout(300)  # for what it would write into the address
     assert page.url == path.as_uri()
     assert page.inner_text("p") == "after"
