@@ -78,7 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", choices=["grid"], help="measure this part alone, and put it into the results that the folder has"
     )
-    parser.add_argument("--readme", type=Path, help="also put the cost table into this file, between its markers")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="also put a short cost table and the missed targets into this file, between its markers",
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None:
         if options.threads < 1:

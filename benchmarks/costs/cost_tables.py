@@ -12,7 +12,7 @@ from benchmarks.reporting import SHORT, markdown_table, milliseconds
 
 PAIR_HEADING = "EMAUnit compared with the published unit"
 PUBLISHED = "EMAU as published"
-IN_README = (PUBLISHED, "EMAUnit", 'EMAUnit, gradient="all"', "Non-local", "Non-local, fused attention")
+IN_README = (PUBLISHED, "EMAUnit", 'EMAUnit, gradient="all"', "Non-local, fused attention")
 """The blocks of the README's table."""
 
 
@@ -31,7 +31,7 @@ def markdown(results: dict) -> str:
     if "grid" in results:
         lines += [f"## {PAIR_HEADING}, cell by cell", "", *grid_section(results), ""]
     for table in results["costs"]:
-        lines += [f"## What each block costs, {table['shape']}, {table['dtype']}", "", *cost_table(table), ""]
+        lines += [f"## What each block costs, {tuple(table['shape'])}, {table['dtype']}", "", *cost_table(table), ""]
         lines += [sentence, ""] if (sentence := headline(table)) else []
     lines += ["![costs](costs.png)", "", "## The paper's table", "", *paper_table(results["paper"]), ""]
     lines += ["## Growth with the number of positions", "", "![growth](growth.png)", ""]
@@ -258,7 +258,7 @@ def grid_markdown(results: dict) -> str:
 
 
 def readme_table(results: dict) -> str:
-    """Some rows and columns of the first cost table, and in a line below it what the grid shows."""
+    """A few rows and columns of the first cost table, and below it what the grid and the targets show."""
     env, table = results["environment"], results["costs"][0]
     caption = (
         f"{env['machine']}, threads {env['threads']}, {table['dtype']}, input {tuple(table['shape'])}, "
@@ -275,15 +275,57 @@ def readme_table(results: dict) -> str:
             cells.append([name, milliseconds(forward), milliseconds(step), peak, f"{row['macs'] / 1e9:.2f}"])
     head = ["block", "forward, ms", "training step, ms", "peak forward, MiB", "GMAC"]
     lines = [caption, text, "", *markdown_table(head, cells), ""]
-    rows = grid.variants(results.get("grid", {}).get("cells", [])).get("eager")
-    if rows and (sentence := headline(table)):
-        worst = grid.worst(rows)
+    if sentence := headline(table):
+        lines += [f"{sentence} {rates(table)}{quicker_blocks(table)}", ""]
+    if rows := grid.variants(results.get("grid", {}).get("cells", [])).get("eager"):
+        best, worst = grid.best(rows), grid.worst(rows)
         lines += [
-            f"{sentence} Over {len(rows)} cells of size, batch, precision and mode, the geometric mean of this ratio "
-            f"is {grid.geometric_mean(rows):.2f}. The worst cell is {grid.ratio(worst):.2f} ({grid.name(worst)}).",
+            f"Over {len(rows)} cells of size, batch, precision and mode, the geometric mean of this ratio is "
+            f"{grid.geometric_mean(rows):.2f}. EMAUnit is slower in {len(grid.above_one(rows))} of them. "
+            f"The best cell is {grid.ratio(best):.2f} ({grid.name(best)}). "
+            f"The worst cell is {grid.ratio(worst):.2f} ({grid.name(worst)}).",
             "",
         ]
-    return "\n".join(lines)
+    targets = _targets(results)
+    return "\n".join([*lines, *missed_targets(targets), ""] if isinstance(targets, list) else lines)
+
+
+def rates(table: dict) -> str:
+    """How much arithmetic a second both units do in a forward."""
+    unit, published = (table["blocks"][name] for name in ("EMAUnit", PUBLISHED))
+    unit, published = (row["macs"] / row["forward"]["median"] / 1e9 for row in (unit, published))
+    return f"In the forward EMAUnit computes {unit:.0f} GMAC a second, and the published unit {published:.0f}."
+
+
+def quicker_blocks(table: dict) -> str:
+    """A sentence that names the other blocks whose forward takes less time than EMAUnit's, if there are any."""
+    rows = table["blocks"]
+    limit = rows["EMAUnit"]["forward"]["median"]
+    others = [name for name in rows if not name.startswith("EMA") and rows[name]["forward"]["median"] < limit]
+    return f" Of the other blocks in the report, these take less time than EMAUnit: {', '.join(others)}." * bool(others)
+
+
+def missed_targets(rows: list[dict]) -> list[str]:
+    """How many targets of each kind are missed, and the one of them that is missed most."""
+    missed = [row for row in rows if row["value"] > row["target"]]
+    lines = [f"The unit has {len(rows)} targets. It misses {len(missed)} of them:", ""]
+    for kind in dict.fromkeys(map(_kind, missed)):
+        some = [row for row in missed if _kind(row) == kind]
+        farthest = max(some, key=lambda row: row["value"] / row["target"])
+        lines.append(
+            f"- {kind}: {len(some)} of {sum(_kind(row) == kind for row in rows)}. Farthest: "
+            f"{farthest['value']:.2f} instead of at most {farthest['target']:.2f} ({farthest['quantity']})."
+        )
+    return lines if missed else [f"The unit meets all of its {len(rows)} targets."]
+
+
+def _kind(row: dict) -> str:
+    """What a target is about."""
+    if row["quantity"].startswith(("worst", "geometric mean")):
+        return "Every size, in float32"
+    if "bfloat16" in row["quantity"]:
+        return "Half precision"
+    return "Large maps and tokens, in float32" if "beside" in row else "Memory, arithmetic and rounding"
 
 
 def _seconds(seconds: float) -> str:

@@ -133,6 +133,11 @@ def worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=ratio)
 
 
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the smallest ratio."""
+    return min(rows, key=ratio)
+
+
 def geometric_mean(rows: list[dict[str, Any]]) -> float:
     """Of the ratios."""
     return statistics.geometric_mean(map(ratio, rows))

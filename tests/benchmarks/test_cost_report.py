@@ -82,6 +82,39 @@ def test_the_readme_gets_the_cost_table_between_its_markers(results, tmp_path):
         assert rows[2:] == [name for name in BLOCKS if name in cost_tables.IN_README]
 
 
+def test_the_blocks_that_are_quicker_are_named_with_the_arithmetic_a_second():
+    def row(ms, gmac=1):
+        return {"macs": gmac * 1e9, "forward": {"median": ms / 1e3}}
+
+    blocks = {"EMAU as published": row(8, 2), "EMAUnit": row(5), "PAM": row(6), "CAM": row(4), 'EMAUnit, "all"': row(4)}
+    sentence = "In the forward EMAUnit computes 200 GMAC a second, and the published unit 250."
+    assert cost_tables.rates({"blocks": blocks}) == sentence
+    assert cost_tables.quicker_blocks({"blocks": blocks}).endswith("take less time than EMAUnit: CAM.")
+    del blocks["CAM"]
+    assert cost_tables.quicker_blocks({"blocks": blocks}) == ""
+
+
+def test_missed_targets_are_counted_by_kind_with_the_farthest():
+    def row(quantity, value, target, **times):
+        return {"quantity": quantity, "value": value, "target": target, **times}
+
+    rows = [
+        row("forward", 0.6, 0.5, beside={}),
+        row("step", 0.9, 0.5, beside={}),
+        row("tokens", 0.4, 0.5, beside={}),
+        row("bfloat16: forward", 1.1, 1.0, beside={}),
+        row("worst cell", 1.0, 1.0, beside={}),
+        row("memory", 1.0, 1.5),
+    ]
+    assert cost_tables.missed_targets(rows) == [
+        "The unit has 6 targets. It misses 3 of them:",
+        "",
+        "- Large maps and tokens, in float32: 2 of 3. Farthest: 0.90 instead of at most 0.50 (step).",
+        "- Half precision: 1 of 1. Farthest: 1.10 instead of at most 1.00 (bfloat16: forward).",
+    ]
+    assert cost_tables.missed_targets(rows[-2:]) == ["The unit meets all of its 2 targets."]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
