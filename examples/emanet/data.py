@@ -1,4 +1,4 @@
-"""EMANet's data: CamVid's folders, PASCAL VOC through torchvision, and the published augmentation."""
+"""EMANet's data: CamVid's folders, PASCAL VOC through torchvision, your own, and the published augmentation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Segmentation(Dataset[Sample]):
         size: (H, W) that images and masks are scaled to; None leaves theirs.
 
     Raises:
-        ValueError: for more classes than labels below ``IGNORE``.
+        ValueError: for more classes than labels below ``IGNORE``; if the size is of nothing.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class Segmentation(Dataset[Sample]):
     ) -> None:
         if len(names) > IGNORE:
             raise ValueError(f"there must be at most {IGNORE} classes; got {len(names)}")
+        if size is not None and min(size) < 1:
+            raise ValueError(f"size must be a height and a width of at least 1; got {tuple(size)}")
         self.pairs = pairs
         self.names = names
         self.colours = colours
@@ -128,20 +130,27 @@ def camvid(root: Path, split: str, size: tuple[int, int] | None = None) -> Segme
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"size must be a height and a width of at least 1; got {tuple(size)}")
-    images, masks = root / split, root / f"{split}annot"
+    pairs = find_pairs(root / split, root / f"{split}annot", "CamVid")
+    return Segmentation(pairs, CAMVID_NAMES, CAMVID_COLOURS, ignore=11, size=size)
+
+
+def find_pairs(images: Path, masks: Path, data: str) -> list[tuple[Path, Path]]:
+    """Every image of a folder, by name, and its mask in another: ``X.jpg`` and ``X.png``.
+
+    Raises:
+        ValueError: with the name of the data, if a folder or a mask is missing, or there is no image.
+    """
     for folder in (images, masks):
         if not folder.is_dir():
-            raise ValueError(f"CamVid needs the folder {folder}, which does not exist")
+            raise ValueError(f"{data} needs the folder {folder}, which does not exist")
     paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     pairs = [(path, masks / f"{path.stem}.png") for path in paths if not path.name.startswith(".")]
     if not pairs:
-        raise ValueError(f"CamVid needs images in {images}; got none")
+        raise ValueError(f"{data} needs images in {images}; got none")
     for image, mask in pairs:
         if not mask.is_file():
             raise ValueError(f"{image} needs its mask {mask}, which does not exist")
-    return Segmentation(pairs, CAMVID_NAMES, CAMVID_COLOURS, ignore=11, size=size)
+    return pairs
 
 
 VOC_NAMES = (
@@ -208,6 +217,53 @@ def voc(root: Path, split: str, download: bool = False) -> Segmentation:
     )
 
 
+VALIDATION_EVERY = 5
+"""Of one's own pairs without folders of splits, by name: the last of each five is for validation."""
+
+
+def own_folder(root: Path, split: str, names: tuple[str, ...], size: tuple[int, int] | None = None) -> Segmentation:
+    """Your own data: ``root/images/X.jpg`` with ``root/masks/X.png``, whose values are the indices of the names.
+
+    If there is a folder ``root/images/val``, the splits are folders: ``root/images/train/X.jpg`` with
+    ``root/masks/train/X.png``. If not, every fifth pair is for validation, and the others are for training.
+
+    Args:
+        root: the folder with ``images`` and ``masks``.
+        split: ``"train"``, ``"val"``, or ``"test"`` if there is a folder of it.
+        names: of the classes. The value 255 in a mask is no class.
+        size: (H, W) that images and masks are scaled to; None leaves theirs.
+
+    Raises:
+        ValueError: if a folder or a mask is missing, or there is no image; if there are too few to have both splits.
+    """
+    colours = (*CAMVID_COLOURS, *map(voc_colour, range(len(CAMVID_COLOURS), len(names))))[: len(names)]
+    if (root / "images" / "val").is_dir():
+        pairs = find_pairs(root / "images" / split, root / "masks" / split, "--data folder")
+    elif split == "test":
+        raise ValueError(f"{root} must have the folders of its splits for --split test, such as {root / 'images/val'}")
+    else:
+        pairs = find_pairs(root / "images", root / "masks", "--data folder")
+        if len(pairs) < VALIDATION_EVERY:
+            raise ValueError(f"{root} must have at least {VALIDATION_EVERY} images; got {len(pairs)}")
+        last = VALIDATION_EVERY - 1
+        pairs = [pair for i, pair in enumerate(pairs) if (i % VALIDATION_EVERY == last) == (split == "val")]
+    return Segmentation(pairs, names, colours, size=size)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The names of the classes, a line each. Raises ValueError if there are none, one is there twice, or too many."""
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"cannot read the classes {path}: {reason}") from None
+    if not 1 <= len(names) <= IGNORE:
+        raise ValueError(f"{path} must name 1 to {IGNORE} classes, a line each; got {len(names)}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} must name each class once; got {twice[0]!r} {names.count(twice[0])} times")
+    return names
+
+
 class RandomScale(v2.Transform):
     """Scales images and masks by a factor that is uniform between two."""
 
@@ -238,18 +294,29 @@ def augmentation(crop: tuple[int, int], scales: tuple[float, float] = (0.5, 2.0)
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What a command needs to be told for :func:`open_data`."""
-    parser.add_argument("--data", choices=("camvid", "voc"), required=True, help="the data set")
+    parser.add_argument(
+        "--data",
+        choices=("camvid", "voc", "folder"),
+        required=True,
+        help="the data set; folder: your own, images/ and masks/ in --root, and its --classes. Every fifth pair, by "
+        "name, is for validation, unless there are images/train, images/val, masks/train, masks/val",
+    )
     parser.add_argument("--root", type=Path, required=True, help="its folder")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the folder's classes, a line each")
     parser.add_argument("--download", action="store_true", help="fetch PASCAL VOC into the folder")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="scale CamVid's images (default: as they are)"
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="scale the images (default: as they are)"
     )
 
 
 def open_data(args: argparse.Namespace, split: str) -> Segmentation:
     """The split of the data set that the arguments name. Raises ValueError if it is not there."""
+    if (args.classes is None) == (args.data == "folder"):
+        raise ValueError("--data folder, and it alone, needs --classes FILE: the names of the classes, a line each")
+    if args.data == "folder":
+        return own_folder(args.root, split, read_names(args.classes), args.size)
     if args.data == "camvid":
         return camvid(args.root, split, args.size)
     if args.size is not None:
-        raise ValueError("--size is for CamVid; got it with --data voc")
+        raise ValueError("--size is not for --data voc; got it")
     return voc(args.root, split, args.download)

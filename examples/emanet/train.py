@@ -2,6 +2,7 @@
 
 python -m examples.emanet.train runs/camvid --data camvid --root CAMVID
 torchrun --nproc-per-node 4 -m examples.emanet.train runs/voc --data voc --root VOC --precision bfloat16
+python -m examples.emanet.train runs/mine --data folder --root MINE --classes MINE/classes.txt
 python -m examples.emanet.train runs/camvid --data camvid --root CAMVID --resume     goes on where it stopped
 
 Ctrl-C finishes the current step and writes the checkpoint ``last.pt``, from which ``--resume`` goes on. ``best.pt`` is
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +26,7 @@ from examples._common.recipe import PRECISIONS, Recipe
 from examples._common.samples import seed_everything
 from examples._common.training import fit
 from examples.emanet.data import add_data_arguments, augmentation, open_data
-from examples.emanet.model import BACKBONES, emanet
+from examples.emanet.model import BACKBONES, EMANet, emanet
 
 
 def load_backbone(model: nn.Module, path: Path) -> None:
@@ -34,6 +36,17 @@ def load_backbone(model: nn.Module, path: Path) -> None:
         model.backbone.load_state_dict(state)
     except RuntimeError:
         raise ValueError(f"{path} must hold the weights of the backbone: its names or shapes are others") from None
+
+
+def build(network: dict[str, Any], weights: str) -> EMANet:
+    """The network. Raises ValueError if its backbone's weights are torchvision's and cannot be downloaded."""
+    try:
+        return emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
+    except OSError as error:
+        raise ValueError(
+            f"cannot download the weights of {network['backbone']} ({error}): give a file of them with "
+            "--weights-backbone FILE, or --weights-backbone none for random ones"
+        ) from None
 
 
 def train(args: argparse.Namespace) -> None:
@@ -51,7 +64,9 @@ def train(args: argparse.Namespace) -> None:
             train_set, val_set = (open_data(args, split) for split in ("train", "val"))
             network["num_classes"] = len(train_set.names)
             seed_everything(recipe.seed)
-            model = emanet(**network, weights_backbone="DEFAULT" if weights == "DEFAULT" else None)
+            model = build(network, weights)
+            if is_first:
+                print(f"{len(train_set)} images to train on, {len(val_set)} for validation")
         if weights not in ("DEFAULT", "none"):
             load_backbone(model, Path(weights))
         transform = augmentation(args.crop)

@@ -19,7 +19,16 @@ from torchvision import tv_tensors
 from examples._common.photos import read_photo
 from examples._common.picture_files import read_image, read_pair
 from examples._common.samples import IGNORE
-from examples.emanet.data import VOC_NAMES, Segmentation, augmentation, camvid, voc, voc_colour
+from examples.emanet.data import (
+    VOC_NAMES,
+    Segmentation,
+    augmentation,
+    camvid,
+    own_folder,
+    read_names,
+    voc,
+    voc_colour,
+)
 
 MASK = np.array([[0, 1, 11], [10, 3, 3]], np.uint8)
 
@@ -355,6 +364,68 @@ def test_voc_joins_its_own_masks_and_those_of_sbd(tmp_path: Path) -> None:
         voc(tmp_path, "test")
     assert len(VOC_NAMES) == 21
     assert (voc_colour(1), voc_colour(15)) == ((128, 0, 0), (192, 128, 128))  # aeroplane and person
+
+
+def write_own(root: Path, names: str, split: str = "") -> None:
+    for folder in ("images", "masks"):
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(root / "images" / split / f"{name}.jpg")
+        Image.fromarray(np.full((2, 3), i % 3, np.uint8)).save(root / "masks" / split / f"{name}.png")
+
+
+def test_every_fifth_pair_of_ones_own_is_for_validation(tmp_path: Path) -> None:
+    write_own(tmp_path, "abcdefghijk")
+    splits = {split: own_folder(tmp_path, split, ("sky", "road", "tree")) for split in ("train", "val")}
+    stems = {split: "".join(image.stem for image, _ in dataset.pairs) for split, dataset in splits.items()}
+    assert stems == {"train": "abcdfghik", "val": "ej"}
+    assert splits["val"][0][1].unique().tolist() == [4 % 3]
+    assert len(set(splits["val"].colours)) == 3
+    assert len(set(own_folder(tmp_path, "val", tuple(map(str, range(60)))).colours)) == 60
+    with pytest.raises(ValueError, match=r"must have the folders of its splits for --split test, such as .*images/val"):
+        own_folder(tmp_path, "test", ("sky",))
+
+
+def test_splits_of_ones_own_are_folders_if_there_is_one_for_validation(tmp_path: Path) -> None:
+    splits = {"train": "ab", "val": "c", "test": "d"}
+    for split, names in splits.items():
+        write_own(tmp_path, names, split)
+    for split, names in splits.items():
+        dataset = own_folder(tmp_path, split, ("sky", "road", "tree"), size=(4, 6))
+        assert "".join(image.stem for image, _ in dataset.pairs) == names
+        assert dataset[0][0].shape == (3, 4, 6)
+    (tmp_path / "masks" / "val" / "c.png").unlink()
+    with pytest.raises(ValueError, match=r"images/val/c.jpg needs its mask .*masks/val/c.png, which does not exist"):
+        own_folder(tmp_path, "val", ("sky",))
+
+
+def test_too_few_images_of_ones_own_are_refused(tmp_path: Path) -> None:
+    write_own(tmp_path, "abcd")
+    with pytest.raises(ValueError, match="must have at least 5 images; got 4"):
+        own_folder(tmp_path, "train", ("sky",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must name 1 to 255 classes, a line each; got 0"),
+        ("\n".join(map(str, range(256))).encode(), "must name 1 to 255 classes, a line each; got 256"),
+        (b"sky\nroad\nsky\n", "must name each class once; got 'sky' 2 times"),
+        (b"\xff\xfe", "cannot read the classes .*: it is no text in UTF-8"),
+        (None, "cannot read the classes .*: No such file"),
+    ],
+)
+def test_names_that_are_none_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "classes.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_names(path)
+
+
+def test_names_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("sky\n traffic light \n\nroad\n")
+    assert read_names(tmp_path / "classes.txt") == ("sky", "traffic light", "road")
 
 
 def test_augmentation_moves_image_and_mask_together() -> None:

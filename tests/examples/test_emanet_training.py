@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.models import WeightsEnum
 
 from examples._common.evaluation import evaluate, mean_iou, segment
 from examples._common.files import load_checkpoint, save_checkpoint
@@ -133,7 +135,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(streets: Path, tmp_
     network = {"stages": 3}
     go_on(network=network)
     go_on(network=network, workers=1)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match=r"holds a run already: go on with --resume,"):
         go_on(network=network, resume=False)
     with pytest.raises(ValueError, match=r"with lr = 0.009; got lr = 1.0$"):
         go_on(network=network, lr=1.0)
@@ -531,6 +533,8 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
         (["--root", "nowhere"], "nowhere/train, which does not exist"),
         (["--root", "{streets}", "--batch", "11"], "from 1 to 10, the number of samples; got 11"),
         (["--root", "{streets}", "--weights-backbone", "none.pt"], "none.pt"),
+        (["--root", "{streets}", "--data", "folder"], "--data folder, and it alone, needs --classes FILE"),
+        (["--root", "{streets}", "--classes", "FILE"], "--data folder, and it alone, needs --classes FILE"),
         (["--root", "{streets}", "--steps", "0"], "steps must be at least 1; got 0"),
         (["--root", "{streets}", "--lr", "nan"], "lr must be at least 0; got nan"),
         (["--root", "{streets}", "--size", "0", "9"], "size must be a height and a width of at least 1; got (0, 9)"),
@@ -553,6 +557,35 @@ def test_mistakes_are_told_in_one_sentence(
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_ones_own_folder_is_trained_on_and_scored_without_writing_python(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, source in (("images", "train"), ("masks", "trainannot")):
+        shutil.copytree(streets / source, tmp_path / folder)
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(12))))
+    data = ["--data", "folder", "--root", str(tmp_path), "--classes", str(tmp_path / "classes.txt")]
+    train.main([str(tmp_path / "run"), *COMMAND, *data, "--steps", "1"])
+    assert "8 images to train on, 2 for validation" in capsys.readouterr().out
+    evaluate_command.main([str(tmp_path / "run" / "best.pt"), *data])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*map(str, range(12)), "mean"]
+
+
+def test_a_download_that_fails_names_the_option_that_needs_none(
+    streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise URLError("no connection")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
+    command = [argument for argument in COMMAND if argument not in ("--weights-backbone", "none")]
+    command = [argument for argument in command if argument not in ("--stem-channels", "64")]
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "run"), *command, "--root", str(streets)])
+    printed = capsys.readouterr().err
+    assert "cannot download the weights of resnet18 (<urlopen error no connection>)" in printed
+    assert "--weights-backbone FILE" in printed
 
 
 def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
