@@ -1,13 +1,15 @@
 """What the site shows of the repository around docs/: the files that pages link to, tables of theirs, the explorer.
 
 A link ``../path`` on a page here leads to a file of the repository, as it does where the page is read there. The site
-gets that file too, and what it links to: Markdown as a page, Python as a page that shows it, all else as it is.
+gets that file too, and what it links to: Markdown as a page, Python as a page that shows it, all else as it is. A
+notebook in docs/ gets a page with its cells and their outputs, next to the file itself.
 
 ``<!-- table: path, heading -->`` is the first table below the heading that starts so in that file.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import subprocess
@@ -33,6 +35,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the explorer, and every file of the repository that a page leads to."""
     files.append(File.generated(config, EXPLORER, content=explorer()))
     paths = [f"docs/{file.src_uri}" for file in files.documentation_pages()] + list(PAGES)
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        files.append(File.generated(config, f"{file.src_uri}.md", content=notebook_page(file.src_uri)))
     for path in paths:  # which grows
         if not path.startswith("docs/"):
             files.append(File.generated(config, address(path), content=content(path)))
@@ -46,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turns links between files of the repository to links between pages of the site, and fills in tables."""
     uri = page.file.src_uri
-    if uri.endswith(".py.md"):
+    if uri.endswith((".py.md", ".ipynb.md")):
         return markdown
 
     def relink(text: str, source: str) -> str:
@@ -97,6 +101,29 @@ def content(path: str) -> str | bytes:
     return f"---\nsearch:\n  exclude: true\n---\n# {path}\n\n~~~~python\n{code}~~~~\n"
 
 
+def notebook_page(uri: str) -> str:
+    """The cells of a notebook as Markdown, with the text and the pictures that they gave when it was saved."""
+    cells = json.loads((ROOT / "docs" / uri).read_text(encoding="utf-8"))["cells"]
+    pieces = [f"*[This page as a notebook]({posixpath.basename(uri)}).*"]
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            pieces.append(source.replace(".ipynb)", ".ipynb.md)"))
+            continue
+        pieces.append(f"~~~~python\n{source}\n~~~~")
+        texts = []
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if pictures := [f"data:{kind};base64,{data[kind].strip()}" for kind in data if kind.startswith("image/")]:
+                pieces.append(f'<img alt="What the cell above shows" src="{pictures[0]}">')
+            else:
+                texts.append("".join(data["text/plain"]).strip())
+        if texts:
+            pieces.append("~~~~text\n" + "\n".join(texts) + "\n~~~~")
+    pieces[0], pieces[1] = pieces[1], pieces[0]  # the title is the first cell's
+    return "\n\n".join(pieces)
+
+
 def follow(link: str, source: str) -> str:
     """The path in the repository that a link in the file ``source`` leads to."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
@@ -108,4 +135,4 @@ def is_ours(path: str) -> bool:
 
 def address(path: str) -> str:
     """Where the site has a file of the repository."""
-    return path.removeprefix("docs/") + (".md" if path.endswith(".py") else "")
+    return path.removeprefix("docs/") + (".md" if path.endswith((".py", ".ipynb")) else "")
