@@ -29,6 +29,8 @@ PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 EXPLORER = "explorer_of_the_cat.html"
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+(?=[)#])")
 TABLE = re.compile(r"<!-- table: (\S+), (.+) -->")
+NUMBERS = re.compile(r'(?<=<td style="text-align: right;")(?=>(?![^<]*[^\W\d_]{5})[^<]*</td>)')
+"""Where a cell gets its class: right-aligned, and without a word of five letters."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -64,6 +66,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     source = uri if page.file.generated_by else f"docs/{uri}"
     return "".join(relink(*part) for part in parts(markdown, source))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Marks the table cells that hold numbers, which site.css keeps on one line."""
+    return NUMBERS.sub(' class="numbers"', html)
 
 
 @cache
