@@ -131,6 +131,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     assert "WARNING" not in build.stderr
+    # Notebooks are pages with their pictures, and cells of numbers, which stay on one line, are marked.
+    tutorial = (tmp_path / "notebooks" / "tutorial.ipynb.html").read_text(encoding="utf-8")
+    assert '<img alt="What the cell above shows" src="data:image/' in tutorial
+    assert re.search(r'class="numbers">[\d.]+ \[', (tmp_path / "benchmarks.html").read_text(encoding="utf-8"))
     # Neither roles nor literal double colons are left, and nothing is loaded from anywhere.
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
     assert not re.search(r":(func|class|meth):|::\s*<|``", reference)
