@@ -111,24 +111,26 @@ def content(path: str) -> str | bytes:
 def notebook_page(uri: str) -> str:
     """The cells of a notebook as Markdown, with the text and the pictures that they gave when it was saved."""
     cells = json.loads((ROOT / "docs" / uri).read_text(encoding="utf-8"))["cells"]
-    pieces = [f"*[This page as a notebook]({posixpath.basename(uri)}).*"]
+    pieces: list[str] = []
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             pieces.append(source.replace(".ipynb)", ".ipynb.md)"))
             continue
+        given = [output.get("data", {"text/plain": output.get("text", "")}) for output in cell["outputs"]]
+        pictures = [next((kind for kind in data if kind.startswith("image/")), None) for data in given]
+        text = "".join(
+            "".join(data["text/plain"]) for data, picture in zip(given, pictures, strict=True) if not picture
+        )
         pieces.append(f"~~~~python\n{source}\n~~~~")
-        texts = []
-        for output in cell.get("outputs", []):
-            data = output.get("data", {"text/plain": output.get("text", "")})
-            if pictures := [f"data:{kind};base64,{data[kind].strip()}" for kind in data if kind.startswith("image/")]:
-                pieces.append(f'<img alt="What the cell above shows" src="{pictures[0]}">')
-            else:
-                texts.append("".join(data["text/plain"]).strip())
-        if texts:
-            pieces.append("~~~~text\n" + "\n".join(texts) + "\n~~~~")
-    pieces[0], pieces[1] = pieces[1], pieces[0]  # the title is the first cell's
-    return "\n\n".join(pieces)
+        pieces += [f"~~~~text\n{text.strip()}\n~~~~"] if text.strip() else []
+        pieces += [
+            f'<img alt="What the cell above shows" src="data:{picture};base64,{"".join(data[picture]).strip()}">'
+            for data, picture in zip(given, pictures, strict=True)
+            if picture
+        ]
+    title, _, rest = "\n\n".join(pieces).partition("\n")
+    return f"{title}\n\n*[This page as a notebook]({posixpath.basename(uri)}).*\n{rest}"
 
 
 def follow(link: str, source: str) -> str:
