@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo explorer train-quick test test-floor fuzz mutants bench bench-quick report docs check format build clean
+.PHONY: help demo explorer train-quick test test-floor test-export test-integrations fuzz mutants bench bench-quick report docs check format build clean
 
 help:
 	@echo "make demo         attention maps of a photograph, and a page to look into them"
@@ -12,6 +12,8 @@ help:
 	@echo "make train-quick  a network learns a task that needs global context, and one without the unit (2 minutes)"
 	@echo "make test         all tests"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
+	@echo "make test-export  exported units in OpenVINO, ExecuTorch, AOTInductor; conversion to Core ML"
+	@echo "make test-integrations  the page docs/integrations.md: timm, ultralytics, transformers, Lightning, ..."
 	@echo "make fuzz         10,000 random inputs, and every bit of a checkpoint flipped"
 	@echo "make mutants      faults put into the library's core one at a time: which do the tests miss?"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
@@ -54,6 +56,18 @@ test-floor: $(VENV)-floor/.installed
 $(VENV)-floor/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet "torch==2.6.0" matplotlib pillow numpy hypothesis pytest
+	@touch $@
+
+# Heavy packages, some with demands of their own: each of these two has an environment for itself.
+test-export: $(VENV)-export/.installed
+	$(VENV)-export/bin/python -m pytest tests/integrations/test_export.py
+
+test-integrations: $(VENV)-integration/.installed
+	$(VENV)-integration/bin/python -m pytest tests/integrations/test_frameworks.py
+
+$(VENV)-export/.installed $(VENV)-integration/.installed: $(VENV)-%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[$*-tests]'
 	@touch $@
 
 fuzz: $(INSTALLED)

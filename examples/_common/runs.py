@@ -68,7 +68,9 @@ class Run:
                     remove_parts(self.last, self.best)
                 if self.last.exists():
                     if not resume:
-                        raise ValueError(f"{self.folder} holds a run already: go on with --resume, or choose another folder")
+                        raise ValueError(
+                            f"{self.folder} holds a run already: go on with --resume, or choose another folder"
+                        )
                     self._restore()
             if self.ranks > 1:
                 steps = [self.step] * self.ranks
