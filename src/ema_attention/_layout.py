@@ -43,6 +43,8 @@ def flatten(x: Tensor, channel_dim: int = 1) -> tuple[Tensor, Layout]:
 
 def move_dimension(x: Tensor, source: int, destination: int) -> Tensor:
     """What ``x.movedim(source, destination)`` gives, by an operation that every exporter knows."""
+    if source == destination:
+        return x
     order = list(range(x.dim()))
     order.insert(destination % x.dim(), order.pop(source))
     return x.permute(order)
