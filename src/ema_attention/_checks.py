@@ -78,8 +78,7 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
 def check_settings(stages: int, scale: float, gradient: str) -> None:
     """Raises for the settings that :func:`em_attention` and ``EMAUnit`` share."""
     check_positive_integers(stages=stages)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float; got {type(scale).__name__}")
+    check_number("scale", scale)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite; got {scale}")
     if gradient not in GRADIENT_MODES:
@@ -93,12 +92,18 @@ def check_positive_integers(**values: object) -> None:
             raise ValueError(f"{name} must be at least 1; got {value}")
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+
+
 def check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
 
 
 def check_unit_settings(decay: float, channel_dim: int) -> None:
+    check_number("decay", decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")
     check_integer("channel_dim", channel_dim)

@@ -68,8 +68,9 @@ def plain_form() -> Iterator[None]:
 def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) -> Literal["folded", "called"]:
     """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, or by calling conv1.
 
-    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But half precision is what a device convolves
-    fastest in, and so is TF32 on a GPU, where it is the default; the float32 products with the bases gain from neither.
+    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But a GPU convolves on its tensor cores,
+    in TF32 by default, and any device convolves half precision fast. The float32 products with the bases gain from
+    neither. So conv1 is called there.
     """
     if not _is_pointwise(conv1):
         return "called"

@@ -19,7 +19,7 @@ class Layout(NamedTuple):
         return move_dimension(self.restore_maps(y), 1, self.channel_dim)
 
     def image(self, y: Tensor) -> Tensor:
-        """A tensor (B, C, N) as (B, C, H, W): as it was, or where that was no image with all positions in one row.
+        """A tensor (B, C, N) as (B, C, H, W): in the shape that it had, or, where that was no image, in one row.
 
         Not in one column: from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong on a
         CPU (PyTorch 2.14 and 2.15; test_unit_equals_its_formula).

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_attention._torch import is_only_data, saved_tensors_hooks
+from ema_attention._torch import has_values, saved_tensors_hooks
 
 _LIMIT = 64
 """Forwards whose bases are kept: nobody says when one without a graph will not be run again."""
@@ -38,14 +38,13 @@ class Starts:
 
         It may where a hook takes what the graph would save, and where there is no graph, as in a reentrant checkpoint.
         """
-        hooks = saved_tensors_hooks() if is_only_data(x) else None
+        hooks = saved_tensors_hooks() if has_values(x) else None
         if hooks is None:
             return
         self._drop_dead()
         self._has_forgotten |= len(self._kept) == _LIMIT
         self._kept.append(_Start(_sample(x), mu, weakref.ref(hooks[1]) if hooks else None))
 
-    @torch.no_grad()
     def find(self, x: Tensor) -> Tensor | None:
         """The bases that the forward of x (B, C, N) started from; None if it is not one that was kept.
 
@@ -53,17 +52,24 @@ class Starts:
             RuntimeError: if nothing tells which forward is run again.
         """
         self._drop_dead()
+        if not has_values(x) or not (self._kept or self._has_forgotten):
+            return None
         sample = _sample(x)
-        starts = [start for start in self._kept if start.sample.shape == sample.shape]
-        distances = [float((start.sample - sample).abs().sum()) for start in starts]
+        alike = sample.shape, sample.device
+        starts = [start for start in self._kept if (start.sample.shape, start.sample.device) == alike]
+        differences = torch.stack([sample, *(start.sample - sample for start in starts)])
+        size, *distances = differences.abs().flatten(1).sum(1).tolist()  # one wait for a GPU
         nearest = min(distances, default=torch.inf)
-        if not nearest <= _NOISE * float(sample.abs().sum()):
+        if nearest > _NOISE * size:
             if self._has_forgotten:
                 raise RuntimeError(
-                    f"a checkpointed EMAUnit can run its latest {_LIMIT} forwards again; got the input of none of them"
+                    "EMAUnit cannot tell whether this forward inside a backward is one that is run again; it keeps the "
+                    f"bases of the latest {_LIMIT}"
                 )
             return None
         nearest_starts = [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
+        if saved_tensors_hooks():  # a checkpoint that is not reentrant runs it again, and its graph is alive
+            nearest_starts = [start for start in nearest_starts if start.graph] or nearest_starts
         found = nearest_starts[-1]
         if any(start.graph and found.graph and not torch.equal(start.mu, found.mu) for start in nearest_starts):
             raise RuntimeError(
@@ -80,4 +86,5 @@ class Starts:
 def _sample(x: Tensor) -> Tensor:
     """Some of the elements of x (B, C, N), from everywhere in it."""
     _, channels, positions = x.shape
-    return x.detach()[:, :: channels // 16 + 1, :: positions // 64 + 1].float().clone()
+    sample = x.detach()[:, :: channels // 16 + 1, :: positions // 64 + 1].float().clone()
+    return sample.nan_to_num(0.0, 0.0, 0.0)  # a distance from what is not finite says nothing

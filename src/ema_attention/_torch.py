@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.func import vjp as _vjp
 
@@ -75,6 +76,11 @@ def is_only_data(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not (is_tracing() or is_transformed())
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that can be looked at: no trace, no transform and no memory estimate runs."""
+    return not (is_tracing() or is_transformed() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def is_transformed() -> bool:
     """Whether the code runs under a transform of torch.func, whatever tensors that maps over."""
     return not is_tracing() and torch._C._functorch.peek_interpreter_stack() is not None
@@ -115,6 +121,31 @@ def saved_tensors_hooks() -> tuple[Any, ...] | None:
 def is_distributed() -> bool:
     """Whether torch.distributed is initialised; not by is_initialized, which compiled code asks only once."""
     return dist.is_available() and dist.distributed_c10d._world.default_pg is not None
+
+
+class _GiveZeroGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.clone()  # of a view, nothing may be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return *grads, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def give_zero_gradient(y: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The tensor y, whose backward gives parameters that it does not depend on a gradient of 0.
+
+    DistributedDataParallel stops where a trainable parameter gets none.
+    """
+    result: Tensor = _GiveZeroGradient.apply(y, *parameters)
+    return result
 
 
 # Modules that are more than their class.
@@ -165,31 +196,6 @@ def snapshot(x: Tensor) -> Tensor:
 @snapshot.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
-
-
-class _GiveZeroGradient(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return *grads, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
-def give_zero_gradient(y: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The tensor y, whose backward gives parameters that it does not depend on a gradient of 0.
-
-    DistributedDataParallel stops where a trainable parameter gets none.
-    """
-    result: Tensor = _GiveZeroGradient.apply(y, *parameters)
-    return result
 
 
 def mend_gradient_of_one_sample(y: Tensor) -> None:

@@ -73,9 +73,9 @@ class EMAUnit(nn.Module):
     from and moves nothing. (BatchNorm's running statistics move twice. A unit that torch.compile has compiled
     cannot tell: compile around the checkpoint, and allow graph breaks.)
 
-    Where there are many positions, ``conv1`` is not run: its weights are folded into the bases, which gives the
-    same function for less. (One with hooks, or replaced by a module of another kind, is always run.) With
-    ``gradient="none"`` no gradient can reach it, and it is frozen. See :func:`plain_form`.
+    Where there are many positions, in float32 on a CPU, ``conv1`` is not run: its weights are folded into the bases,
+    which gives the same function for less. (One with hooks, or replaced by a module of another kind, is always run.)
+    See :func:`plain_form`.
 
     Parameter names and shapes are those of the published EMANet weights.
 
@@ -109,6 +109,7 @@ class EMAUnit(nn.Module):
     Raises:
         TypeError, ValueError: in the constructor for settings that make no sense; in ``forward`` for a
             shape that does not fit.
+        RuntimeError: in a forward that activation checkpointing runs again, where nothing tells what it started from.
 
     Example:
         >>> unit = EMAUnit(64, num_bases=16)
@@ -173,7 +174,11 @@ class EMAUnit(nn.Module):
 
     @property
     def gradient(self) -> GradientMode:
-        """What is differentiated: ``"all"``, ``"last"`` or ``"none"``; only without ``"none"`` is conv1 trained."""
+        """What is differentiated: ``"all"``, ``"last"`` or ``"none"``; only without ``"none"`` is conv1 trained.
+
+        Raises:
+            ValueError: for another.
+        """
         return self._gradient
 
     @gradient.setter
@@ -226,9 +231,9 @@ class EMAUnit(nn.Module):
         if not self.training or self.decay == 1:
             return self.mu, False
         if is_compiling():
-            self._is_compiled = (
-                True  # with that torch.compile leaves a checkpoint to eager mode; its own copies mu anew
-            )
+            # An attribute that is set makes torch.compile leave a checkpoint around the unit to eager mode. In a graph
+            # of its own the second forward would copy the buffer when it has moved.
+            self._is_compiled = True
             return snapshot(self.mu), True
         start = self._starts.find(x) if is_in_backward() else None
         if start is not None:  # a forward that is run again
@@ -266,7 +271,7 @@ class EMAUnit(nn.Module):
             warnings.warn(
                 "EMAUnit with gradient='none' does not train conv1, which has parameters that require a gradient: set "
                 "unit.gradient = 'all', or freeze them by unit.conv1.requires_grad_(False)",
-                stacklevel=3,
+                stacklevel=5,
             )
         return give_zero_gradient(y, unfrozen)
 
@@ -291,5 +296,5 @@ class EMAUnit(nn.Module):
         return (
             f"{self.channels}, num_bases={self.num_bases}, stages={self.stages}, inner_channels={self.inner_channels}, "
             f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
-            f"channel_dim={self.channel_dim}"
+            f"channel_dim={self.channel_dim}, sync_bases={self.sync_bases}"
         )

@@ -31,6 +31,9 @@ class TiledEMAttention:
         weight: (C', C).
         bias: (C',).
 
+    Raises:
+        TypeError, ValueError: as :func:`em_attention`.
+
     Example:
         >>> tiles = torch.randn(1, 16, 1000).split(100, dim=2)
         >>> em = TiledEMAttention(torch.nn.functional.normalize(torch.randn(16, 4), dim=0))
@@ -45,8 +48,9 @@ class TiledEMAttention:
     def __init__(
         self, mu: Tensor, *, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
-        if not isinstance(mu, Tensor):
-            raise TypeError(f"mu must be a Tensor; got {type(mu).__name__}")
+        for name, tensor in (("mu", mu), ("weight", weight)):
+            if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
+                raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
         if mu.dim() not in (2, 3):
             raise ValueError(f"mu must be (C', K), (1, C', K) or (B, C', K); got {tuple(mu.shape)}")
         channels = mu.shape[-2:-1] if weight is None else weight.shape[-1:]

@@ -157,12 +157,12 @@ def test_onnx_runs_any_batch_and_size() -> None:
 
 MAPS = {}, [(2, 8, 16, 17), (1, 8, 33, 9), (5, 8, 50, 48)]
 TOKENS = {"channel_dim": -1, "final_relu": False, "inner_channels": 4}, [(2, 50, 8), (1, 7, 8), (3, 2500, 8)]
-LAST = {"channel_dim": -1, "scale": 0.5, "gradient": "all"}, [(2, 5, 6, 8), (1, 9, 4, 8), (3, 50, 48, 8)]
+CHANNELS_LAST = {"channel_dim": -1, "scale": 0.5, "gradient": "all"}, [(2, 5, 6, 8), (1, 9, 4, 8), (3, 50, 48, 8)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter's own
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are not part of the graph
-@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, LAST])
+@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, CHANNELS_LAST])
 @pytest.mark.parametrize(
     "opset", [13, 17, 20]
 )  # the oldest that knows all the operations; the newest that this exporter knows
@@ -185,7 +185,7 @@ def test_onnx_of_a_trace_runs_any_batch_and_size(opset: int, options: dict, shap
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's word on torch.jit
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, LAST])
+@pytest.mark.parametrize(("options", "shapes"), [MAPS, TOKENS, CHANNELS_LAST])
 def test_a_torchscript_trace_runs_any_batch_and_size(options: dict, shapes: list[tuple[int, ...]]) -> None:
     unit = trained_like(EMAUnit(8, num_bases=4, **options)).eval()
     traced = torch.jit.trace(unit, torch.randn(shapes[0]))

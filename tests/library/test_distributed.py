@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ema_attention import EMAUnit, em_attention
 from ema_attention.sharded import sharded_em_attention
@@ -128,7 +129,8 @@ SHARES = {"equal": [2, 2], "unequal": [3, 1], "a rank with none": [4, 0]}
 
 
 def small_unit(**options: object) -> EMAUnit:
-    torch.manual_seed(2)  # and no batch statistics of a rank's own
+    """A unit without batch statistics, which would be a rank's own."""
+    torch.manual_seed(2)
     return EMAUnit(6, num_bases=4, gradient="all", norm_layer=nn.Identity, **options).double()
 
 
@@ -250,6 +252,19 @@ def test_groups_and_units_of_their_own_never_meet(tmp_path: Path) -> None:
             alone(x[rank : rank + 1])
         torch.testing.assert_close(moved["group"], group.mu)
         torch.testing.assert_close(moved["alone"], alone.mu)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_checkpointed_forward_communicates_once(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, all_reduce = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: calls.append(1) or all_reduce(*args, **kwargs))
+    x = batches()[0].requires_grad_()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        checkpoint(small_unit(), x + value, use_reentrant=True).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(calls) == 1
 
 
 def test_code_compiled_before_there_are_ranks_communicates_with_them() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ema_attention import EMAUnit, collect_attention_maps, em_attention
 from tests.units import formula, trained_like
@@ -186,6 +187,7 @@ def test_copies_and_pickles_leave_a_pass_that_is_under_way_behind() -> None:
         maps.clear()
         for other in copies:
             other(torch.randn(1, 8, 5, 5))
+            assert other.map_collectors == []
         assert maps == {}
         unit(torch.randn(1, 8, 5, 5))
 
@@ -193,6 +195,22 @@ def test_copies_and_pickles_leave_a_pass_that_is_under_way_behind() -> None:
 class Doubled(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return 2 * super()._conv_forward(x, weight, bias)
+
+
+def test_copies_and_pickles_in_the_middle_of_a_checkpoint() -> None:
+    unit = EMAUnit(8, 4)
+    y = checkpoint(unit, torch.randn(1, 8, 5, 5, requires_grad=True), use_reentrant=False)
+    for other in (copy.deepcopy(unit), pickle.loads(pickle.dumps(unit))):
+        assert torch.equal(other.mu, unit.mu)
+    y.sum().backward()
+
+
+def test_copies_keep_what_is_tied() -> None:
+    units = nn.ModuleList([EMAUnit(8, 4), EMAUnit(8, 4)])
+    units[1].conv1, units[1].mu = units[0].conv1, units[0].mu
+    first, second = copy.deepcopy(units)
+    assert first.conv1 is second.conv1
+    assert first.mu is second.mu
 
 
 @pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "grouped", "subclass", "parametrization"])

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ema_attention import EMAUnit, em_attention, plain_form
+from ema_attention import EMAUnit, _residual, em_attention, plain_form
 from ema_attention._stages import run_with_one_product
 from ema_attention._steps import prepare
 from tests.plain import PublishedEMAU
@@ -192,6 +192,26 @@ def test_results_and_every_gradient_are_within_twice_the_plain_error(
         # where the plain form overflows, anything is as good
         for error, allowed in torch.tensor(errors).nan_to_num(torch.inf).median(0).values.tolist():
             assert error <= 2 * allowed + torch.finfo(dtype).smallest_normal, positions
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_an_eval_forward_in_blocks_is_the_plain_one(
+    memory_format: torch.memory_format, dtype: torch.dtype, autocast: bool
+) -> None:
+    unit, x = unit_like_a_trained_one().eval(), torch.randn(2, 32, 12, 15).to(memory_format=memory_format)
+    nn.init.uniform_(unit.conv2[1].running_var, 0.5, 2.0)
+    unit, x = (unit, x) if autocast else (unit.to(dtype), x.to(dtype))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = unit(x)
+        with plain_form():
+            plain = unit(x)
+    assert y.dtype == plain.dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y, plain, rtol=0.03, atol=0.06)
+    assert _residual.fold_norm(unit.conv2)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -75,11 +76,43 @@ def test_checkpointed_calls_on_the_same_input_are_refused() -> None:
         sum(losses).backward()
 
 
+@needs_hooks_to_tell
+def test_a_forward_without_a_graph_on_the_same_input_does_not_mislead() -> None:
+    x, gradients = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    for checkpointed in (True, False):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        y = checkpoint(unit, source, use_reentrant=False) if checkpointed else unit(source)
+        with torch.no_grad():
+            unit(x)
+        gradients += torch.autograd.grad(y.pow(2).sum(), source)
+    torch.testing.assert_close(*gradients)
+
+
+class Tagged(Tensor):
+    """A tensor as frameworks have them: a subclass that says more than numbers."""
+
+
+def test_a_checkpoint_takes_a_subclass_of_tensor() -> None:
+    x, gradients = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    for run in (partial(checkpoint, use_reentrant=False), EMAUnit.__call__):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        gradients += torch.autograd.grad(run(unit, source.as_subclass(Tagged)).pow(2).sum(), source)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_checkpoint_is_estimated_without_numbers() -> None:
+    with FakeTensorMode():
+        unit = EMAUnit(6, num_bases=4, gradient="all")
+        x = torch.empty(2, 6, 5, 5, requires_grad=True)
+        checkpoint(unit, x, use_reentrant=False).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_a_checkpointed_call_that_was_forgotten_is_refused() -> None:
     unit = small_unit()
     first, *others = torch.randn(66, 2, 6, 5, 5, dtype=torch.float64, requires_grad=True).unbind()
     losses = [checkpoint(unit, x, use_reentrant=True).sum() for x in (first, *others)]
-    with pytest.raises(RuntimeError, match="can run its latest 64 forwards again; got the input of none of them"):
+    with pytest.raises(RuntimeError, match="it keeps the bases of the latest 64"):
         losses[0].backward()
 
 
@@ -98,12 +131,13 @@ def test_an_ordinary_forward_inside_a_backward_moves_the_bases() -> None:
 def test_conv1_made_trainable_gets_a_gradient_of_zero_and_a_warning() -> None:
     unit, expected = small_unit().requires_grad_(True), small_unit()
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="set unit.gradient = 'all', or freeze them"):
-        y = unit(x)
+    with pytest.warns(UserWarning, match="set unit.gradient = 'all', or freeze them") as warned:
+        y = nn.Sequential(unit, nn.ReLU(inplace=True))(x)
     y.pow(2).sum().backward()
     expected(x).pow(2).sum().backward()
     for (name, p), reference in zip(unit.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(p.grad, torch.zeros_like(p) if name.startswith("conv1") else reference.grad)
+    assert len(warned) == 1
 
 
 def test_gradient_can_be_set_later() -> None:

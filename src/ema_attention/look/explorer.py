@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ema_attention._checks import check_integer
 from ema_attention.look.pictures import as_photo, check_from_0_to_1, colour_of_basis
-from ema_attention.look.stages import EMStages, em_stages_together, model_stages_together
+from ema_attention.look.stages import EMStages, em_stages_together, model_stages, model_stages_together
 
 __all__ = ["explore_attention", "explore_features", "explore_stages"]
 
@@ -84,7 +85,7 @@ def explore_attention(
         ImportError: without numpy or Pillow.
         TypeError, ValueError: for a model in which no unit runs, maps or an objective that are not finite, images
             that do not fit the maps, names that are not strings, a grid that is not two positive integers,
-            ``together`` that is not an integer from 0.
+            ``together`` below 0.
 
     Example:
         >>> from ema_attention import EMAUnit
@@ -101,7 +102,10 @@ def explore_attention(
         raise ValueError(f"grid must be (h, w), two positive integers; got {grid!r}")
     _check_together(together)
     batches = [x] if isinstance(x, Tensor) else x
-    stages = model_stages_together(model, batches, together)
+    if together:
+        stages = model_stages_together(model, batches, together)
+    else:
+        stages = [model_stages(model, batch) for batch in batches]  # one batch in memory at a time
     return explore_stages([_on_grid(batch, grid) for batch in stages], images, names=names)
 
 
@@ -210,8 +214,9 @@ def explore_stages(
 
 
 def _check_together(together: Any) -> None:
-    if isinstance(together, bool) or not isinstance(together, int) or together < 0:
-        raise ValueError(f"together must be an integer from 0; got {together!r}")
+    check_integer("together", together)
+    if together < 0:
+        raise ValueError(f"together must be at least 0; got {together}")
 
 
 def _need_numpy_and_pillow() -> None:

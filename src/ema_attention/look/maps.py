@@ -20,7 +20,8 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Yields a dict that fills as the model runs: from the unit's name in ``model.named_modules()`` to its
     maps z, (B, K, \*spatial), those of its latest call, detached. ``maps["head.unit"][0, k]`` is the map
-    of basis k over the first sample. A context collects what its own thread runs.
+    of basis k over the first sample. A context collects what its own thread runs (of compiled code, what any thread
+    runs).
 
     Warns if nothing was collected, which is so where a framework ran a copy of the model.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_attention._checks import check_arguments
+from ema_attention._forms import plain_form
 from ema_attention._layout import Layout, flatten
 from ema_attention._steps import Problem, expectation, logits, maximization, prepare, run, statistics
 from ema_attention._torch import without_autocast
@@ -71,17 +72,15 @@ def em_stages(
 def em_stages_together(
     batches: Sequence[Tensor], mu: Tensor, stages: int, together: int, scale: float
 ) -> list[EMStages]:
-    """The stages of each batch, from bases mu after ``together`` stages over the positions of all samples.
-
-    Of a sample alone those are stages like the others.
-    """
+    """The stages of each batch, from bases mu after ``together`` stages over the positions of all samples."""
+    if sum(map(len, batches)) == 1:  # of a sample alone these are stages like the others
+        stages, together = stages + together, 0
     runs = []
-    alone = sum(len(x) for x in batches) == 1
     for x in batches:
         check_arguments(x, mu, stages, scale, "none", None, None, None)
         features, layout = flatten(x)
-        runs.append((*prepare(features, mu, scale, None, None, None), stages + together * alone, layout))
-    return _watch_together(runs, 0 if alone else together)
+        runs.append((*prepare(features, mu, scale, None, None, None), stages, layout))
+    return _watch_together(runs, together)
 
 
 @torch.no_grad()
@@ -146,7 +145,10 @@ def model_stages_together(model: nn.Module, batches: Sequence[Any], together: in
         runs: dict[str, _Run] = {}
 
         def keep(name: str, problem: Problem, *others: Any, runs: dict[str, _Run] = runs) -> None:
-            runs[name] = (problem._replace(x=problem.x.clone()), *others)  # the model may go on in place
+            runs[name] = (
+                problem._replace(x=problem.x.clone()),
+                *others,
+            )  # conv1 may return x, and the model go on in place
 
         _see_units(model, x, keep)
         seen.append(runs)
@@ -188,4 +190,5 @@ def _see_units(model: nn.Module, x: Any, see: Callable[..., None]) -> None:
 
 def _unit_run(unit: EMAUnit, x: Tensor, mask: Tensor | None = None) -> _Run:
     features, layout = flatten(x, unit.channel_dim)
-    return (*unit._prepare(features, layout, mask, unit.mu), unit.stages, layout)
+    with plain_form():  # in conv1's space, whatever the size: the sums of several images are added
+        return (*unit._prepare(features, layout, mask, unit.mu), unit.stages, layout)
