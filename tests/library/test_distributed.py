@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,25 @@ def test_data_parallel_training_equals_one_process(
         steps(alone, alone, list(batches()), scale=1 / 4, accumulate=name == "equal")
         for rank in by_rank:
             assert_all_close(list(rank[name].values()), list(state(alone).values()))
+
+
+def train_unfrozen() -> dict[str, Tensor]:
+    unit = small_unit()
+    unit.gradient = "none"
+    unit.requires_grad_(True)  # as a framework's loader or a callback does
+    mine = [x.split(2)[dist.get_rank()] for x in batches()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps(unit, DistributedDataParallel(unit), mine, scale=dist.get_world_size() / 4)
+    return state(unit)
+
+
+def test_data_parallel_training_goes_on_with_conv1_unfrozen(tmp_path: Path) -> None:
+    alone = small_unit()
+    alone.gradient = "none"
+    steps(alone, alone, list(batches()), scale=1 / 4)
+    for rank in run_on_ranks(train_unfrozen, 2, tmp_path):
+        assert_all_close(list(rank.values()), list(state(alone).values()))
 
 
 def move_bases_with_a_nan() -> list[Tensor]:
