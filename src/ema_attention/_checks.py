@@ -125,6 +125,7 @@ def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim:
     if dims < 3 or not -dims <= channel_dim < dims or channel_dim % dims == 0 or x.shape[channel_dim] != channels:
         raise ValueError(
             f"x must have 3 dimensions or more and {channels} channels in dimension {channel_dim}; got {tuple(x.shape)}"
+            + (" (tokens need channel_dim=-1)" if dims == 3 and x.shape[-1] == channels else "")
         )
     if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
         raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")

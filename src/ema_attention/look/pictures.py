@@ -61,7 +61,7 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
     Example:
         >>> figure = plot_attention_maps(torch.rand(3, 48, 64), torch.randn(4, 6, 8).softmax(0), bases=[2, 0])
         >>> [ax.get_title().split(" · ")[0] for ax in figure.axes[:4]]
-        ['photograph', 'basis 2', 'basis 0', 'hard assignment']
+        ['photograph', 'basis 2', 'basis 0', 'hard assignment of all 4']
     """
     _need_matplotlib("plot_attention_maps")
     from matplotlib.cm import ScalarMappable
@@ -92,7 +92,7 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
     plain = ScalarMappable(heat.norm, heat.cmap)  # without the opacity of each position
     figure.colorbar(plain, cax=bar, label="attention z", alpha=0.7, format=PercentFormatter(1))
     draw_assignment(last, photo, z)
-    last.set_title("hard assignment")
+    last.set_title("hard assignment" + (f" of all {num_bases}" if len(shown) < num_bases else ""))
     return figure
 
 
