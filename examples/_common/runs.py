@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ema_attention import EMAUnit
 from examples._common.evaluation import evaluate, mean_iou
 from examples._common.files import first_not_finite, load_checkpoint, remove_parts, save_checkpoint
 from examples._common.locks import held
@@ -48,6 +49,10 @@ class Run:
         self.facts = {"recipe": asdict(recipe), **facts}
         self.rank, self.ranks = rank_and_ranks()
         self.last, self.best = folder / "last.pt", folder / "best.pt"
+        self.is_in_place: Callable[[], bool] = lambda: False
+        """Whether the folder is there, and no other run's; the first process asks."""
+        self.writer: SummaryWriter | None = None
+        self.bar: tqdm | None = None
         self.step = 0
         self.history: dict[int, list[float]] = {}
         """The IoU of every class at each evaluation, by step."""
@@ -82,11 +87,10 @@ class Run:
             yield
 
     def _restore(self) -> None:
-        saved = load_checkpoint(self.last)
-        checkpoint = {name: self.facts[name] for name in NEWER_FACTS} | saved
+        checkpoint = load_checkpoint(self.last)
         states = self.learner._asdict()
         if not self.facts.keys() | states.keys() | {"step", "history"} <= checkpoint.keys():
-            raise ValueError(f"{self.last} must be a run's last checkpoint; it has only {', '.join(saved)}")
+            raise ValueError(f"{self.last} must be a run's last checkpoint; it has only {', '.join(checkpoint)}")
         theirs = _settings(checkpoint)
         for name, value in _settings(self.facts).items():
             if name != "workers" and theirs.get(name) != value:
@@ -201,21 +205,25 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise ValueError(f"cannot write TensorBoard's events in {self.folder}: {error.strerror}") from error
-
-
-NEWER_FACTS = ("modules", "train_set", "val_set")
-"""What checkpoints of earlier versions do not tell, and is taken to be the same."""
+            raise ValueError(
+                f"cannot write TensorBoard's events in {self.folder}: {error.strerror or error}"
+            ) from error
 
 
 def describe_modules(model: nn.Module) -> dict[str, Any]:
-    """The class of every module and its plain attributes, by name: what the shapes of weights do not tell."""
+    """The class of every module and its plain attributes, by name: what the shapes of weights do not tell.
+
+    Private attributes are of a run: whether it compiles a module, for one.
+    """
     facts: dict[str, Any] = {}
     for name, module in model.named_modules():
         facts[name or "network"] = type(module).__name__
-        for attribute, value in vars(module).items():
+        settings = {key: value for key, value in vars(module).items() if key != "training" and key[0] != "_"}
+        if isinstance(module, EMAUnit):
+            settings["gradient"] = module.gradient  # a property
+        for attribute, value in settings.items():
             values = value if isinstance(value, tuple) else (value,)
-            if attribute != "training" and all(type(value) in (bool, int, float, str) for value in values):
+            if all(type(value) in (bool, int, float, str) for value in values):
                 facts[f"{name}.{attribute}".strip(".")] = value
     return facts
 
