@@ -234,8 +234,11 @@ def own_folder(root: Path, split: str, names: tuple[str, ...], size: tuple[int, 
         size: (H, W) that images and masks are scaled to; None leaves theirs.
 
     Raises:
-        ValueError: if a folder or a mask is missing, or there is no image; if there are too few to have both splits.
+        ValueError: for another split; if a folder or a mask is missing, or there is no image; if there are too few to
+            have both splits.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
     colours = (*CAMVID_COLOURS, *map(voc_colour, range(len(CAMVID_COLOURS), len(names))))[: len(names)]
     if (root / "images" / "val").is_dir():
         pairs = find_pairs(root / "images" / split, root / "masks" / split, "--data folder")
@@ -253,7 +256,7 @@ def own_folder(root: Path, split: str, names: tuple[str, ...], size: tuple[int, 
 def read_names(path: Path) -> tuple[str, ...]:
     """The names of the classes, a line each. Raises ValueError if there are none, one is there twice, or too many."""
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ValueError(f"cannot read the classes {path}: {reason}") from None
@@ -312,11 +315,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def open_data(args: argparse.Namespace, split: str) -> Segmentation:
     """The split of the data set that the arguments name. Raises ValueError if it is not there."""
     if (args.classes is None) == (args.data == "folder"):
-        raise ValueError("--data folder, and it alone, needs --classes FILE: the names of the classes, a line each")
+        raise ValueError(
+            f"--classes must be given with --data folder, and only with it; got --data {args.data} and --classes "
+            f"{args.classes}"
+        )
     if args.data == "folder":
         return own_folder(args.root, split, read_names(args.classes), args.size)
     if args.data == "camvid":
         return camvid(args.root, split, args.size)
     if args.size is not None:
-        raise ValueError("--size is not for --data voc; got it")
+        raise ValueError(f"--size must not be given with --data voc; got --size {' '.join(map(str, args.size))}")
     return voc(args.root, split, args.download)

@@ -384,6 +384,8 @@ def test_every_fifth_pair_of_ones_own_is_for_validation(tmp_path: Path) -> None:
     assert len(set(own_folder(tmp_path, "val", tuple(map(str, range(60)))).colours)) == 60
     with pytest.raises(ValueError, match=r"must have the folders of its splits for --split test, such as .*images/val"):
         own_folder(tmp_path, "test", ("sky",))
+    with pytest.raises(ValueError, match=r"^split must be one of \('train', 'val', 'test'\); got 'validation'$"):
+        own_folder(tmp_path, "validation", ("sky",))
 
 
 def test_splits_of_ones_own_are_folders_if_there_is_one_for_validation(tmp_path: Path) -> None:
@@ -424,8 +426,9 @@ def test_names_that_are_none_are_refused(tmp_path: Path, content: bytes | None, 
 
 
 def test_names_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("sky\n traffic light \n\nroad\n")
-    assert read_names(tmp_path / "classes.txt") == ("sky", "traffic light", "road")
+    for encoding in ("utf-8", "utf-8-sig"):  # Windows' Notepad may write a mark before the text
+        (tmp_path / "classes.txt").write_text("sky\n traffic light \n\nroad\n", encoding)
+        assert read_names(tmp_path / "classes.txt") == ("sky", "traffic light", "road")
 
 
 def test_augmentation_moves_image_and_mask_together() -> None:

@@ -236,17 +236,22 @@ def test_what_is_told_of_a_network_is_more_than_its_shapes() -> None:
     assert facts == describe_modules(tiny_emanet().eval())
     expected = {"emau": "EMAUnit", "emau.stages": 3, "backbone.0.stride": (4, 4), "backbone.1.eps": 1e-5}
     assert expected.items() <= facts.items()
+    model.emau.gradient = "all"
+    assert describe_modules(model) == facts | {"emau.gradient": "all"}
 
 
-def test_a_run_of_an_earlier_version_goes_on_from_another_folder_of_the_same_data(
-    streets: Path, tmp_path: Path
-) -> None:
+def test_what_is_told_of_a_network_is_not_how_it_runs() -> None:
+    model = tiny_emanet()
+    facts = describe_modules(model)
+    model.emau.compile(backend="eager")
+    model.emau(torch.zeros(2, 8, 3, 3))
+    model.register_full_backward_hook(lambda *_: None)
+    assert describe_modules(model) == facts
+
+
+def test_a_run_goes_on_from_another_folder_of_the_same_data(streets: Path, tmp_path: Path) -> None:
     train_tiny(streets, tmp_path / "run", interrupt_at=RECIPE.batch)
-    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
-    for name in ("modules", "train_set", "val_set"):
-        del checkpoint[name]
     shutil.copytree(streets, tmp_path / "moved")
-    torch.save(checkpoint, tmp_path / "run" / "last.pt")
     assert 6 in train_tiny(tmp_path / "moved", tmp_path / "run", resume=True)
 
 
@@ -533,8 +538,12 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
         (["--root", "nowhere"], "nowhere/train, which does not exist"),
         (["--root", "{streets}", "--batch", "11"], "from 1 to 10, the number of samples; got 11"),
         (["--root", "{streets}", "--weights-backbone", "none.pt"], "none.pt"),
-        (["--root", "{streets}", "--data", "folder"], "--data folder, and it alone, needs --classes FILE"),
-        (["--root", "{streets}", "--classes", "FILE"], "--data folder, and it alone, needs --classes FILE"),
+        (["--root", "{streets}", "--data", "folder"], "only with it; got --data folder and --classes None"),
+        (["--root", "{streets}", "--classes", "FILE"], "only with it; got --data camvid and --classes FILE"),
+        (
+            ["--root", "{streets}", "--data", "voc", "--size", "9", "9"],
+            "--size must not be given with --data voc; got --size 9 9",
+        ),
         (["--root", "{streets}", "--steps", "0"], "steps must be at least 1; got 0"),
         (["--root", "{streets}", "--lr", "nan"], "lr must be at least 0; got nan"),
         (["--root", "{streets}", "--size", "0", "9"], "size must be a height and a width of at least 1; got (0, 9)"),
