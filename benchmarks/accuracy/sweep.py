@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         results = Path(os.path.realpath(args.results))  # the same for all links to it
         with held(results.with_name(f".{results.name}.lock"), str(args.results)):
-            remove_parts(results)
+            remove_parts(args.results)
             runs = missing_runs(args.results, args.only)
             for task in {run.task: None for run in runs}:  # a missing file is found now, not after hours
                 TASKS[task].network(TRAINED["no block"])

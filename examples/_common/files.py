@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -46,7 +46,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 def remove_parts(*paths: Path) -> None:
     """Removes what processes that were killed had written of these files. None may be writing them now."""
-    for path in paths:
+    for path in map(Path, map(os.path.realpath, paths)):  # as written_whole has named them
         for part in path.parent.glob(f".{path.name}.*.part"):
             part.unlink(missing_ok=True)
 

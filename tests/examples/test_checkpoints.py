@@ -85,6 +85,14 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, part: float
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "larger.pt"]
 
 
+def test_an_error_that_has_no_number_is_said_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=rf"^cannot write {tmp_path}/a.gif: encoder error -2$"),
+        written_whole(tmp_path / "a.gif"),
+    ):
+        raise OSError("encoder error -2")  # as Pillow does
+
+
 def test_two_that_write_one_file_do_not_write_into_each_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with written_whole(path) as one, written_whole(path) as other:
@@ -174,9 +182,12 @@ with written_whole(Path(sys.argv[1])) as file:
 def test_a_kill_while_a_file_is_written_leaves_the_old_one_and_what_is_removed_later(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(CHECKPOINT, path)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link"
+    link.symlink_to(path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(link)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert is_right(load_checkpoint(path))
-    assert len(list(tmp_path.iterdir())) == 2
-    remove_parts(path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_parts(link)
+    assert sorted(tmp_path.iterdir()) == [link.parent, path]
