@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> None:
     page = explore_features(
         x, mu, photos, stages=args.stages, together=args.together, scale=args.scale, names=names
     ).encode()
-    say(f"{args.together} stages of EM on all together, {args.stages} on each")
+    if len(photos) > 1:
+        say(f"{args.together} stages of EM on all together, {args.stages} on each")
+    else:
+        say(f"{args.together + args.stages} stages of EM")
     with written_whole(args.output) as file:
         file.write(page)
     say(f"page: {args.output}, {len(page) / 1e6:.1f} MB")

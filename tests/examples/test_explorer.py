@@ -49,6 +49,13 @@ def test_writes_a_page_of_several_photographs_whole_and_says_how_far_it_is(photo
     assert f"page: {output}, " in said[-1]
 
 
+def test_one_photograph_has_all_stages_in_a_row(photo, tmp_path, capsys):
+    options = ["--size", "96", "--bases", "3", "--together", "5", "--stages", "4"]
+    explorer.main([str(photo), *options, "--output", str(tmp_path / "page.html")])
+    assert read(tmp_path / "page.html")["views"][0]["stages"] == 9
+    assert capsys.readouterr().out.splitlines()[2][9:] == "9 stages of EM"
+
+
 def test_the_same_thing_in_two_images_has_the_same_number(tmp_path):
     """The same photograph mirrored: a cat's eyes and nose are one basis, in both."""
     cat = Image.fromarray(skimage.data.chelsea())
