@@ -25,9 +25,12 @@ else:
 
 @contextmanager
 def held(lock: Path, meaning: str) -> Iterator[Callable[[], bool]]:
-    """Holds a lock file to the end of this process, or of the context; yields whether it is still there, and the same.
+    """Holds a lock file to the end of this process, or of the context; yields a function that tells whether the file is
+    still there, and still the same one.
 
-    The system's lock dies with its process, however that dies. So a file that was left behind keeps nobody out.
+    The system's lock dies with its process, however that dies. So a file that was left behind keeps nobody out. The
+    lock is the process's: on POSIX, a second ``held`` of the file in this process is not refused, and its end frees
+    the lock of the first.
 
     Args:
         lock: the file, made where it is missing and removed at the end.

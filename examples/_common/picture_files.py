@@ -44,9 +44,8 @@ def load(path: Path) -> Loaded:
         raise ValueError(f"cannot read the image {path}: {shorten(reason, 200)}") from None
     if picture.format == "TIFF" and turn != 1:  # Pillow 13.0 mixes up the pixels of those that are turned by a quarter
         raise ValueError(f"{path} is a TIFF file whose orientation is not 1: save it upright")
-    if (picture.format, picture.mode) == ("BMP", "L") and path.read_bytes()[
-        28:30
-    ] != b"\x08\0":  # nor can it read these
+    is_grey_bmp = (picture.format, picture.mode) == ("BMP", "L")
+    if is_grey_bmp and path.read_bytes()[28:30] != b"\x08\0":  # bits a pixel; nor can it read these
         raise ValueError(f"{path} is a grey BMP file of other than 8 bits: save it as PNG")
     return Loaded(picture, turn, (codec, settings if isinstance(settings, tuple) else (settings,)))
 
