@@ -67,7 +67,8 @@ test-integrations: $(VENV)-integration/.installed
 
 $(VENV)-export/.installed $(VENV)-integration/.installed: $(VENV)-%/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[$*-tests]'
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[dev]' --group $*-tests
 	@touch $@
 
 fuzz: $(INSTALLED)
@@ -76,7 +77,7 @@ fuzz: $(INSTALLED)
 
 # One fault at a time put into the library's core; what the tests miss is listed.
 mutants: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
+	$(BIN)/python -m pip install --quiet --group mutants
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
