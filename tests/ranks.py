@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CONTEXT = multiprocessing.get_context("forkserver")  # one process imports torch, and every rank is a fork of it
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "ema_attention"])
+CONTEXT = multiprocessing.get_context("forkserver")  # one process imports what is slow, and every rank is a fork
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "ema_attention", "examples.emanet.train"])
 
 
 def run_on_ranks(function: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
