@@ -46,7 +46,10 @@ def move_dimension(x: Tensor, source: int, destination: int) -> Tensor:
     if source == destination:
         return x
     order = list(range(x.dim()))
-    order.insert(destination % x.dim(), order.pop(source))
+    source, destination = (
+        order.index(i % x.dim()) for i in (source, destination)
+    )  # PyTorch 2.6 traces an int as unknown
+    order.insert(destination, order.pop(source))
     return x.permute(order)
 
 

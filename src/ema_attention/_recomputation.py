@@ -2,89 +2,153 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from ema_attention._torch import has_values, saved_tensors_hooks
+from ema_attention._torch import HAS_TOP_HOOKS, has_values, is_tracing, saved_tensors_hooks, without_autocast
 
 _LIMIT = 64
-"""Forwards whose bases are kept: nobody says when one without a graph will not be run again."""
+"""Forwards without a graph whose bases are kept: nobody says when one of them will not be run again."""
 _NOISE = 0.05
 """The largest relative difference of an input that is computed again, which a GPU need not do to the last bit."""
 
 
-class _Start(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Start:
     sample: Tensor
     """Of the forward's input."""
     mu: Tensor
-    graph: Callable[[], object] | None
-    """Not None as long as the graph lives that would run the forward again; None itself where nothing tells."""
+    checkpoint: Callable[[], object] = lambda: None
+    """The checkpoint that the forward ran in, while its graph lives; there is none to be had of a reentrant one."""
 
 
 class Starts:
     """What the forwards of a unit started from, to be found again by their input."""
 
     def __init__(self) -> None:
-        self._kept: deque[_Start] = deque(maxlen=_LIMIT)  # the newest last, but one that was found is the first
+        self._of_checkpoints: list[_Start] = []
+        self._without_graph: deque[_Start] = deque(maxlen=_LIMIT)  # perhaps of reentrant checkpoints
         self._has_forgotten = False
 
     def keep(self, x: Tensor, mu: Tensor) -> None:
         """Keeps the bases mu that a forward of x (B, C, N) starts from, if it may be run again.
 
-        It may where a hook takes what the graph would save, and where there is no graph, as in a reentrant checkpoint.
+        It may in a checkpoint, and where there is no graph, as inside a reentrant one.
         """
-        hooks = saved_tensors_hooks() if has_values(x) else None
-        if hooks is None:
+        if not has_values(x):
             return
-        self._drop_dead()
-        self._has_forgotten |= len(self._kept) == _LIMIT
-        self._kept.append(_Start(_sample(x), mu, weakref.ref(hooks[1]) if hooks else None))
+        checkpoint = _checkpoint()
+        if checkpoint is None and torch.is_grad_enabled() and HAS_TOP_HOOKS:
+            return
+        if checkpoint is not None:
+            self._drop_dead()
+            self._of_checkpoints.append(_Start(_sample(x), mu, weakref.ref(checkpoint)))
+        else:
+            self._has_forgotten |= len(self._without_graph) == _LIMIT
+            self._without_graph.append(_Start(_sample(x), mu))
 
     def find(self, x: Tensor) -> Tensor | None:
-        """The bases that the forward of x (B, C, N) started from; None if it is not one that was kept.
+        """The bases that the forward of x (B, C, N) started from; None if that is not one that is run again.
 
         Raises:
             RuntimeError: if nothing tells which forward is run again.
         """
-        self._drop_dead()
-        if not has_values(x) or not (self._kept or self._has_forgotten):
+        checkpoint = _checkpoint()
+        runs_again = checkpoint is not None or _is_in_reentrant_checkpoint() or not HAS_TOP_HOOKS
+        if not (runs_again and has_values(x)):
             return None
+        self._drop_dead()
+        starts = self._with_input(x)
+        if not starts and self._has_forgotten:
+            raise RuntimeError(
+                f"a checkpointed EMAUnit can run its latest {_LIMIT} forwards again; got the input of none of them"
+            )
+        if not starts:
+            return None
+        of_this = [start for start in starts if checkpoint is not None and start.checkpoint() is checkpoint]
+        if of_this:  # they run again in the order in which they ran
+            found = of_this[0]
+            self._of_checkpoints.remove(found)
+            self._of_checkpoints.append(found)
+        elif checkpoint is not None:  # in a new one, inside of one that is run again
+            found = starts[0]
+            if not all(torch.equal(start.mu, found.mu) for start in starts):
+                raise RuntimeError(
+                    "a nested checkpoint of an EMAUnit needs another input in each forward; got the same one twice"
+                )
+        else:
+            found = starts[-1]  # the newest, as backward runs them
+            if found in self._without_graph:
+                self._without_graph.remove(found)
+                self._without_graph.appendleft(found)
+        return found.mu
+
+    def _with_input(self, x: Tensor) -> list[_Start]:
+        """The starts of forwards with the input x, the oldest first."""
         sample = _sample(x)
         alike = sample.shape, sample.device
-        starts = [start for start in self._kept if (start.sample.shape, start.sample.device) == alike]
+        starts = [*self._of_checkpoints, *self._without_graph]
+        starts = [start for start in starts if (start.sample.shape, start.sample.device) == alike]
         differences = torch.stack([sample, *(start.sample - sample for start in starts)])
         size, *distances = differences.abs().flatten(1).sum(1).tolist()  # one wait for a GPU
         nearest = min(distances, default=torch.inf)
         if nearest > _NOISE * size:
-            if self._has_forgotten:
-                raise RuntimeError(
-                    "EMAUnit cannot tell whether this forward inside a backward is one that is run again; it keeps the "
-                    f"bases of the latest {_LIMIT}"
-                )
-            return None
-        nearest_starts = [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
-        if saved_tensors_hooks():  # a checkpoint that is not reentrant runs it again, and its graph is alive
-            nearest_starts = [start for start in nearest_starts if start.graph] or nearest_starts
-        found = nearest_starts[-1]
-        if any(start.graph and found.graph and not torch.equal(start.mu, found.mu) for start in nearest_starts):
-            raise RuntimeError(
-                "a checkpointed EMAUnit needs another input in each forward before a backward; got the same one twice"
-            )
-        self._kept = deque([found, *(start for start in self._kept if start is not found)], _LIMIT)
-        return found.mu
+            return []
+        return [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
 
     def _drop_dead(self) -> None:
-        alive = (start for start in self._kept if start.graph is None or start.graph() is not None)
-        self._kept = deque(alive, _LIMIT)
+        self._of_checkpoints = [start for start in self._of_checkpoints if start.checkpoint() is not None]
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Some of the elements of x (B, C, N), from everywhere in it."""
-    _, channels, positions = x.shape
-    sample = x.detach()[:, :: channels // 16 + 1, :: positions // 64 + 1].float().clone()
-    return sample.nan_to_num()  # a distance from what is not finite says nothing
+    """Sums (B, 4, 4) over all of x (B, C, N), with weights that repeat nowhere, so that no two inputs have the same."""
+    x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)  # of what is not finite a sum says nothing
+    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], device=x.device).sqrt()
+    left, right = (torch.outer(torch.arange(n, device=x.device), frequencies).cos() for n in x.shape[1:])
+    with without_autocast(x.device):
+        return left.mT @ (x @ right)
+
+
+def _checkpoint() -> object | None:
+    """The call of torch.utils.checkpoint in which the code runs, or runs again; None of a reentrant one.
+
+    What has a name of its own in neither case is the frame that the hooks of both share.
+    """
+    for hook in saved_tensors_hooks():
+        hook = inspect.unwrap(hook)
+        cells = (
+            dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
+            if inspect.isfunction(hook)
+            else {}
+        )
+        if "target_frame_ref" in cells:
+            frame: object = cells["target_frame_ref"].cell_contents()
+            return frame
+        if "frame" in cells and isinstance(cells["frame"].cell_contents, torch_checkpoint._CheckpointFrame):
+            return cells["frame"].cell_contents
+    return None
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint runs again, by the name that its Function has in PyTorch and elsewhere."""
+    return "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
+
+
+def outside_selective_checkpoint() -> contextlib.AbstractContextManager[object]:
+    """Keeps operations from a selective checkpoint, which takes every one for a part of what it runs again."""
+    if is_tracing():
+        return contextlib.nullcontext()
+    kinds = torch_checkpoint._CachingTorchDispatchMode, torch_checkpoint._CachedTorchDispatchMode
+    is_selective = torch._C._len_torch_dispatch_stack() and any(
+        isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack()
+    )
+    return _disable_current_modes() if is_selective else contextlib.nullcontext()

@@ -124,7 +124,7 @@ def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:
     """The gradient (C', C) of the weight of :func:`convolve`, from that of its output."""
     size = [*weight.shape, 1, 1]
     grad_weight: Tensor = conv2d_weight(x[:, :, None], size, grad[:, :, None])
-    return grad_weight.flatten(1)
+    return grad_weight[:, :, 0, 0]
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

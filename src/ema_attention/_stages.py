@@ -26,7 +26,7 @@ from ema_attention._steps import (
     run,
     sum_over_positions,
 )
-from ema_attention._torch import vjp, without_autocast
+from ema_attention._torch import pull_back, without_autocast
 
 
 def run_with_one_product(problem: Problem, mu: Tensor, stages: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def _backward(
         z = z.to(mu.dtype)
         # M-step: mu = normalise(direction, before), direction = projection · sums, sums = [x; 1] z
         direction = sums[:, : mu.shape[1]] if projection is None else projection @ sums
-        grad_direction, grad_before = vjp(normalise, direction, before)[1](_add(grad_mu, grads[t]))
+        grad_direction, grad_before = pull_back(normalise, (direction, before), _add(grad_mu, grads[t]))
         grad_sums = F.pad(grad_direction, (0, 0, 0, 1)) if projection is None else projection.mT @ grad_direction
         grad_sums = _add(grad_sums, grads[t + 2])
         grad_z = compare(problem, grad_sums).to(mu.dtype)
@@ -97,7 +97,8 @@ def _backward(
     if ctx.needs_input_grad[0]:
         grad_x = _product(*_concatenated(of_x), like=problem.x).to(x.dtype)
     if ctx.needs_input_grad[2]:
-        grad_projection = torch.einsum("bik,bjk->ij", *_concatenated(of_projection))
+        left, right = _concatenated(of_projection)
+        grad_projection = (left @ right.mT).sum(0)
     return grad_x, grad_mu, grad_projection, None, None, None
 
 

@@ -17,6 +17,7 @@ vjp: Any = _vjp  # its annotation demands an auxiliary output that is not asked 
 
 
 HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
+HAS_TOP_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in PyTorch 2.6
 
 # Modes.
 
@@ -106,16 +107,24 @@ def is_in_backward() -> bool:
     return not is_tracing() and torch._C._current_graph_task_id() != -1
 
 
-def saved_tensors_hooks() -> tuple[Any, ...] | None:
-    """The hooks that take what a graph would save, as checkpointing has them; None if there are none.
+def saved_tensors_hooks() -> tuple[Any, ...]:
+    """The hooks that take what a graph would save, the innermost; empty if there are none, or PyTorch is too old."""
+    return (torch._C._autograd._top_saved_tensors_default_hooks(True) or ()) if HAS_TOP_HOOKS else ()
 
-    An empty tuple where no graph is made, and where PyTorch does not say (2.6).
+
+def pull_back(function: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs of ``function``, from that of its output.
+
+    Not by torch.func.vjp where there are hooks for saved tensors, with which that does not work.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None or not torch.is_grad_enabled():
-        return ()
-    hooks: tuple[Any, ...] | None = top(True)
-    return hooks
+    if not saved_tensors_hooks():
+        gradients: tuple[Tensor, ...] = vjp(function, *inputs)[1](grad)
+        return gradients
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = tuple(t if create_graph and t.requires_grad else t.detach().requires_grad_() for t in inputs)
+        output = function(*inputs)
+    return torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True)
 
 
 def is_distributed() -> bool:
@@ -162,7 +171,7 @@ def is_patched(module: nn.Module) -> bool:
     """Whether ``module`` has hooks or a forward of its own. (Hooks on all modules, as counters set, do not count.)"""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # PyTorch 2.6 cannot trace vars() of a module.
-    return any(hooks) or (not is_tracing() and "forward" in vars(module))
+    return any(hooks) or (not is_tracing() and not vars(module).keys().isdisjoint(("forward", "_conv_forward")))
 
 
 def has_global_hooks() -> bool:

@@ -25,7 +25,7 @@ from ema_attention._checks import (
 )
 from ema_attention._forms import projection_form
 from ema_attention._layout import Layout, flatten
-from ema_attention._recomputation import Starts
+from ema_attention._recomputation import Starts, outside_selective_checkpoint
 from ema_attention._residual import residual
 from ema_attention._steps import Problem, prepare, unit_norm
 from ema_attention._torch import (
@@ -218,7 +218,8 @@ class EMAUnit(nn.Module):
         mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
         y = residual(features, mu, z, self.conv2, self.final_relu, layout)  # relu(x + conv2(relu(mu zᵀ)))
         if moves:
-            self._move_bases(mu.detach(), z.detach())
+            with outside_selective_checkpoint():
+                self._move_bases(mu.detach(), z.detach())
         self._hand_out(z.detach(), layout)
         return y if self.gradient != "none" else self._without_gradient_of_conv1(y)
 
@@ -235,12 +236,13 @@ class EMAUnit(nn.Module):
             # of its own the second forward would copy the buffer when it has moved.
             self._is_compiled = True
             return snapshot(self.mu), True
-        start = self._starts.find(x) if is_in_backward() else None
-        if start is not None:  # a forward that is run again
-            return start, False
-        start = self.mu.clone()  # _move_bases writes to the buffer
-        self._starts.keep(x, start)
-        return start, True
+        with outside_selective_checkpoint():
+            start = self._starts.find(x) if is_in_backward() else None
+            if start is not None:  # a forward that is run again
+                return start, False
+            start = self.mu.clone()  # _move_bases writes to the buffer
+            self._starts.keep(x, start)
+            return start, True
 
     def _prepare(self, x: Tensor, layout: Layout, mask: Tensor | None, mu: Tensor) -> tuple[Problem, Tensor]:
         """EM's problem on conv1(x) of x (B, C, N), and the bases mu (1, C', K) to start from."""

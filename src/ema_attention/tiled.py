@@ -58,8 +58,8 @@ class TiledEMAttention:
         check_arguments(nothing, mu, 1, scale, "none", None, weight, bias)
         self._dtype = mu.dtype
         self._scale = scale
-        self._weight = None if weight is None else weight.detach()
-        self._bias = None if bias is None else bias.detach()
+        self._weight = None if weight is None else weight.detach().clone()
+        self._bias = None if bias is None else bias.detach().clone()
         self._mu = _copy(mu if mu.dim() == 3 else mu[None])
         self._mu_before: Tensor | None = None  # the bases that the last stage started from
         self._sums: Tensor | None = None  # Σ x z above Σ z, (B, C + 1, K), over the stage's tiles so far
@@ -67,7 +67,7 @@ class TiledEMAttention:
     @property
     def mu(self) -> Tensor:
         """The bases after the stages so far, (B, C', K)."""
-        return self._mu.to(self._dtype)
+        return self._mu.to(self._dtype, copy=True)
 
     @torch.no_grad()
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:

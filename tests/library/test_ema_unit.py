@@ -213,7 +213,9 @@ def test_copies_keep_what_is_tied() -> None:
     assert first.mu is second.mu
 
 
-@pytest.mark.parametrize("change", ["hook", "spectral norm", "wrapper", "grouped", "subclass", "parametrization"])
+@pytest.mark.parametrize(
+    "change", ["hook", "spectral norm", "wrapper", "grouped", "subclass", "method", "parametrization"]
+)
 def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
     unit = EMAUnit(8, 4, gradient="all").double()
     if change == "hook":
@@ -225,6 +227,8 @@ def test_a_changed_conv1_is_run_as_it_is(change: str) -> None:
         unit.conv1 = nn.Conv2d(8, 8, 1, groups=2).double()
     elif change == "subclass":
         unit.conv1 = Doubled(8, 8, 1).double()
+    elif change == "method":
+        unit.conv1._conv_forward = lambda x, weight, bias: 2 * F.conv2d(x, weight, bias)
     elif change == "wrapper":
         unit.conv1 = nn.Sequential(unit.conv1, nn.Conv2d(8, 8, 1, bias=False)).double()
     else:

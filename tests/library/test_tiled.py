@@ -176,6 +176,8 @@ def test_its_state_is_its_own() -> None:
     before = mu.clone()
     mu.zero_()
     torch.testing.assert_close(em.mu, before)
+    em.mu.zero_()
+    torch.testing.assert_close(em.mu, before)
     em.load_state_dict(state)
     state["mu"].zero_()
     assert em.state_dict()["mu"].dtype == torch.float64

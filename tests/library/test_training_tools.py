@@ -1,5 +1,6 @@
 """What training scripts put around a layer: activation checkpointing, averaged models, SyncBatchNorm."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from ema_attention import EMAUnit
 
@@ -33,11 +34,11 @@ def test_checkpointing_moves_the_bases_once_and_changes_no_gradient(gradient: st
         torch.testing.assert_close(actual, expected)
 
 
-def gradients_of_two_calls(run: Callable[[EMAUnit, Tensor], Tensor], order: str) -> list[Tensor]:
+def gradients_of_two_calls(run: Callable[[EMAUnit, Tensor], Tensor], order: str, same: bool = False) -> list[Tensor]:
     """The bases, and the gradients of a loss on two calls of a unit, in one backward or in two."""
     unit = small_unit(gradient="all")
     sources = torch.randn(2, 2, 6, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
-    sources = [source.requires_grad_() for source in sources]
+    sources = [source.clone().requires_grad_() for source in (sources[:1] * 2 if same else sources)]
     losses = [i * run(unit, source).pow(2).sum() for i, source in enumerate(sources, 1)]
     for loss in {"together": [sum(losses)], "first first": losses, "last first": losses[::-1]}[order]:
         loss.backward()
@@ -69,11 +70,86 @@ needs_hooks_to_tell = pytest.mark.skipif(
 
 
 @needs_hooks_to_tell
-def test_checkpointed_calls_on_the_same_input_are_refused() -> None:
-    unit, x = small_unit(gradient="all"), torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
-    losses = [checkpoint(unit, x, use_reentrant=False).pow(2).sum() for _ in range(2)]
-    with pytest.raises(RuntimeError, match="needs another input in each forward before a backward; got the same one"):
-        sum(losses).backward()
+@pytest.mark.parametrize("order", ["together", "first first", "last first"])
+def test_checkpointed_calls_on_the_same_input_start_from_their_own_bases(order: str) -> None:
+    runs = partial(checkpoint, use_reentrant=False), EMAUnit.__call__
+    results = [gradients_of_two_calls(run, order, same=True) for run in runs]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_hooks_to_tell
+def test_nested_calls_on_the_same_input_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="needs another input in each forward; got the same one twice"):
+        gradients_of_two_calls(nested, "together", same=True)
+
+
+@needs_hooks_to_tell
+def test_a_unit_that_changes_nothing_yet_may_run_twice_in_a_checkpoint() -> None:
+    x, gradients = torch.rand(2, 6, 5, 5, dtype=torch.float64), []
+    for run in (lambda f, x: checkpoint(f, x, use_reentrant=False), lambda f, x: f(x)):
+        unit, source = small_unit(gradient="all", zero_init=True), x.clone().requires_grad_()
+        y = run(lambda x, unit=unit: unit(unit(x)), source)
+        y.pow(2).sum().backward()
+        gradients.append(unit.conv2[1].weight.grad)
+    assert gradients[1].abs().max() > 0.1
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_inputs_that_differ_little_are_told_apart(use_reentrant: bool) -> None:
+    frames, gradients = torch.zeros(2, 2, 6, 24, 24, dtype=torch.float64), []
+    for i, frame in enumerate(frames):
+        frame[..., 10:13, 10 + i : 13 + i] = torch.randn(6, 3, 3, dtype=torch.float64)
+    frames[:, :, 0, 0] = float("nan")  # where the mask is not
+    mask = torch.ones(2, 24, 24, dtype=torch.bool)
+    mask[:, 0] = False
+    for checkpointed in (True, False):
+        unit, sources = small_unit(gradient="all"), [frame.clone().requires_grad_() for frame in frames]
+        run = partial(checkpoint, unit, use_reentrant=use_reentrant) if checkpointed else unit
+        sum(i * run(source, mask)[:, :, 1:].pow(2).sum() for i, source in enumerate(sources, 1)).backward()
+        gradients.append([source.grad[:, :, 1:] for source in sources])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("saved", ["bmm", "mean", "lerp"])
+def test_a_selective_checkpoint_changes_no_gradient(saved: str) -> None:
+    operation = {"lerp": torch.ops.aten.lerp.Scalar, "mean": torch.ops.aten.mean.dim}
+    operation = operation.get(saved) or getattr(torch.ops.aten, saved).default
+    x, results = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    context = partial(create_selective_checkpoint_contexts, [operation])
+    for run in (partial(checkpoint, use_reentrant=False, context_fn=context), EMAUnit.__call__):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        for _ in range(2):
+            run(unit, source).pow(2).sum().backward()
+        results.append([unit.mu, source.grad, unit.conv1.weight.grad])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_hooks_to_tell
+def test_a_backward_under_saved_tensors_hooks() -> None:
+    x, gradients = torch.randn(2, 6, 6, 6, dtype=torch.float64), []
+    for context in (torch.autograd.graph.save_on_cpu, contextlib.nullcontext):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        with context():
+            (gradient,) = torch.autograd.grad(unit(source).pow(2).sum(), source, create_graph=True)
+            gradient.pow(2).sum().backward()
+        gradients += [gradient, source.grad]
+    for actual, expected in zip(gradients[:2], gradients[2:], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_in_batches() -> None:
+    unit, x = small_unit(gradient="all").eval(), torch.randn(2, 6, 6, 6, dtype=torch.float64, requires_grad=True)
+    y = unit(x)
+    cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
+    inputs = [x, *unit.parameters()]
+    together = torch.autograd.grad(y, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for batched, alone in zip(together, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
+            torch.testing.assert_close(batched[i], alone)
 
 
 @needs_hooks_to_tell
@@ -112,13 +188,18 @@ def test_a_checkpointed_call_that_was_forgotten_is_refused() -> None:
     unit = small_unit()
     first, *others = torch.randn(66, 2, 6, 5, 5, dtype=torch.float64, requires_grad=True).unbind()
     losses = [checkpoint(unit, x, use_reentrant=True).sum() for x in (first, *others)]
-    with pytest.raises(RuntimeError, match="it keeps the bases of the latest 64"):
+    with pytest.raises(RuntimeError, match="can run its latest 64 forwards again; got the input of none of them"):
         losses[0].backward()
 
 
+@needs_hooks_to_tell
 def test_an_ordinary_forward_inside_a_backward_moves_the_bases() -> None:
     unit, reference = small_unit(), small_unit()
     batches = torch.randn(3, 2, 6, 5, 5, dtype=torch.float64).unbind()
+    with torch.no_grad():
+        for each in (unit, reference):
+            for _ in range(70):
+                each(batches[2])
     for x in batches:
         reference(x)
     y = checkpoint(unit, batches[0].clone().requires_grad_(), use_reentrant=False)

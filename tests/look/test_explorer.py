@@ -58,7 +58,7 @@ def test_the_maps_are_those_of_the_units_to_a_level():
     assert seen == [(0, "1", 5), (0, "3", 3), (1, "1", 5), (1, "3", 3)]
     for view in data["views"]:
         z = maps[view["unit"]][view["image"]]
-        tolerance = z.new_tensor(view["peak"])[:, None, None] / 8189
+        tolerance = z.new_tensor(view["peak"])[:, None, None] / 8189 + 1e-5  # the unit may run in another form
         assert ((view["z"][-1, :, 0] - z).abs() <= tolerance).all()
         torch.testing.assert_close(torch.tensor(view["share"][-1]), z.mean((1, 2)), rtol=0, atol=1e-6)
 
