@@ -113,7 +113,11 @@ def loaded(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
     try:
         yield from batches
     except ValueError as error:
-        raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
+        _, of_a_worker, sentence = str(error).rpartition("\nValueError: ")
+        if not of_a_worker:
+            raise
+        # The frames hold the workers: those that only the garbage collector finds are waited for, 5 s each.
+        raise ValueError(sentence.rstrip()) from error.with_traceback(None)
 
 
 def seed_everything(*numbers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -281,6 +282,7 @@ def test_a_broken_picture_is_a_sentence_also_of_a_worker(streets: Path, tmp_path
     with pytest.raises(ValueError, match=rf"^cannot read the image {tmp_path}/data/train/3.jpg: .*[^\n]$") as mistake:
         fit(tiny_emanet(), dataset, camvid(streets, "val"), augmentation((16, 24)), recipe, tmp_path / "run")
     assert "\n" not in str(mistake.value)
+    assert not multiprocessing.active_children()
 
 
 def test_two_trainings_do_not_share_a_folder(streets: Path, tmp_path: Path) -> None:
