@@ -69,15 +69,15 @@ def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) ->
     """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, or by calling conv1.
 
     Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But a GPU convolves on its tensor cores,
-    in TF32 by default, and any device convolves half precision fast. The float32 products with the bases gain from
-    neither. So conv1 is called there.
+    in half precision and by default in float32 (TF32). The float32 products with the bases gain from neither. So
+    conv1 is called there.
     """
-    if not _is_pointwise(conv1):
+    if not is_pointwise(conv1):
         return "called"
     if not _may_choose():
         return "folded" if is_tracing() else "called"
-    convolves_faster = x.device.type == "cuda" or x.dtype in HALF
-    return "folded" if x.shape[2] > FOLDS_FROM * 2 * stages * num_bases and not convolves_faster else "called"
+    is_large = x.device.type != "cuda" and x.shape[2] > FOLDS_FROM * 2 * stages * num_bases
+    return "folded" if is_large else "called"
 
 
 def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
@@ -97,12 +97,16 @@ def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Lit
     conv: Any
     norm: Any
     conv, norm = conv2
-    kind = nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d
-    if is_plain(norm, kind) and not norm.training:
+    if is_batch_norm(norm) and not norm.training:
         parts = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         if all(part is not None for part in parts) and not differentiates(x, mu, z, conv.weight, *parts[:2]):
             return "folded"
     return "recomputed"
+
+
+def sees_single_positions(conv2: nn.Sequential) -> bool:
+    """Whether conv2 is as it was made, so that positions may lie in one row: that is convolved faster than an image."""
+    return is_plain(conv2, nn.Sequential) and len(conv2) == 2 and is_pointwise(conv2[0]) and is_batch_norm(conv2[1])
 
 
 def adds_in_place(conv2: nn.Sequential) -> bool:
@@ -134,14 +138,19 @@ def _is_as_made(conv2: nn.Module, x: Tensor) -> bool:
     if not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
         return False
     conv, norm = conv2
-    if not _is_pointwise(conv) or conv.bias is not None:
+    if not is_pointwise(conv) or conv.bias is not None:
         return False
     return autocasts(x.device) or all(
         p is None or p.dtype == x.dtype for p in (conv.weight, norm._parameters.get("weight"))
     )
 
 
-def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` is just BatchNorm2d or SyncBatchNorm."""
+    return is_plain(norm, nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d)
+
+
+def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether calling ``conv`` would run a 1×1 convolution and nothing else."""
     return (
         is_plain(conv, nn.Conv2d)

@@ -19,16 +19,17 @@ class Layout(NamedTuple):
         return move_dimension(self.restore_maps(y), 1, self.channel_dim)
 
     def image(self, y: Tensor) -> Tensor:
-        """A tensor (B, C, N) as (B, C, H, W): in the shape that it had, or, where that was no image, in one row.
+        """A tensor (B, C, N) as (B, C, H, W): in the shape that it had, or, where that was no image, in one row."""
+        return self.restore_maps(y) if len(self.spatial) == 2 else self.row(y)
 
-        Not in one column: from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong on a
+    @staticmethod
+    def row(y: Tensor) -> Tensor:
+        """A tensor (B, C, N) as an image of one row (B, C, 1, N).
+
+        Not of one column: from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong on a
         CPU (PyTorch 2.14 and 2.15; test_unit_equals_its_formula).
         """
-        return self.restore_maps(y) if len(self.spatial) == 2 else y.unsqueeze(2)
-
-    def restore_image(self, y: Tensor) -> Tensor:
-        """An :meth:`image` in the layout."""
-        return move_dimension(y, 1, self.channel_dim) if len(self.spatial) == 2 else self.restore(y.squeeze(2))
+        return y.unsqueeze(2)
 
     def restore_maps(self, z: Tensor) -> Tensor:
         """Maps (B, K, N) as (B, K, *spatial), wherever the channels are."""

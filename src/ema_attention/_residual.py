@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from ema_attention._blocks import by_blocks
-from ema_attention._forms import adds_in_place, residual_form
+from ema_attention._forms import adds_in_place, residual_form, sees_single_positions
 from ema_attention._layout import Layout, is_channels_last
 from ema_attention._steps import reconstruct
 from ema_attention._torch import (
@@ -33,18 +33,19 @@ def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu:
     if form == "folded":
         with without_autocast(x.device):
             return layout.restore(inference_tail(x, mu, z, *fold_norm(conv2), final_relu))
+    as_image = layout.row if sees_single_positions(conv2) else layout.image
     if form == "recomputed":
         weight: Any = conv2[0].weight
-        y = layout.image(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x))
+        y = as_image(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x))
         y = conv2[1](mend_batch_stride(y))
     else:
-        y = conv2(layout.image(reconstruct(mu, z, like=x).relu_()))
-    image = layout.image(x)
+        y = conv2(as_image(reconstruct(mu, z, like=x).relu_()))
+    image = as_image(x)
     # in place where nobody, its backward included, looks at the norm's output
     y = y.add_(image) if adds_in_place(conv2) and y.dtype == x.dtype else y + image
     y = y.relu_() if final_relu else y
     mend_gradient_of_one_sample(y)
-    return layout.restore_image(y)
+    return layout.restore(y.flatten(2))
 
 
 def fold_norm(conv2: nn.Sequential) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from ema_attention._checks import (
     check_unit_input,
     check_unit_settings,
 )
-from ema_attention._forms import projection_form
+from ema_attention._forms import is_pointwise, projection_form
 from ema_attention._layout import Layout, flatten
 from ema_attention._recomputation import Starts, outside_selective_checkpoint
 from ema_attention._residual import residual
@@ -73,7 +73,7 @@ class EMAUnit(nn.Module):
     from and moves nothing. (BatchNorm's running statistics move twice. A unit that torch.compile has compiled
     cannot tell: compile around the checkpoint, and allow graph breaks.)
 
-    Where there are many positions, in float32 on a CPU, ``conv1`` is not run: its weights are folded into the bases,
+    Where there are many positions, on a CPU, ``conv1`` is not run: its weights are folded into the bases,
     which gives the same function for less. (One with hooks, or replaced by a module of another kind, is always run.)
     See :func:`plain_form`.
 
@@ -89,8 +89,8 @@ class EMAUnit(nn.Module):
         gradient: what is differentiated; see :func:`em_attention`. ``"none"`` is the paper: no gradient can reach
             conv1, and it is frozen. It can be set later, which freezes conv1 or makes it trainable.
         scale: sharpness of the E-step.
-        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, H, W), or (B, C, 1, N)
-            where x is no image.
+        norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, H, W).
+            BatchNorm gets (B, C, 1, N), as any does where x is no image.
         zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
             nothing at first (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets, and where an
@@ -214,8 +214,7 @@ class EMAUnit(nn.Module):
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
         start, moves = self._starting_bases(features)
-        problem, start = self._prepare(features, layout, mask, start)  # EM's, of conv1(x)
-        mu, z = expectation_maximization(problem, start, self.stages, self.gradient)
+        mu, z = expectation_maximization(*self._prepare(features, layout, mask, start), self.stages, self.gradient)
         y = residual(features, mu, z, self.conv2, self.final_relu, layout)  # relu(x + conv2(relu(mu zᵀ)))
         if moves:
             with outside_selective_checkpoint():
@@ -250,7 +249,7 @@ class EMAUnit(nn.Module):
         if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
-            y = self.conv1(layout.image(x)).flatten(2)
+            y = self.conv1(layout.row(x) if is_pointwise(self.conv1) else layout.image(x)).flatten(2)
         return prepare(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()
