@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ema_attention._checks import check_arguments
+from ema_attention._checks import check_arguments, check_settings
 from ema_attention._forms import plain_form
 from ema_attention._layout import Layout, flatten
 from ema_attention._steps import Problem, expectation, logits, maximization, prepare, run, statistics
@@ -73,6 +73,7 @@ def em_stages_together(
     batches: Sequence[Tensor], mu: Tensor, stages: int, together: int, scale: float
 ) -> list[EMStages]:
     """The stages of each batch, from bases mu after ``together`` stages over the positions of all samples."""
+    check_settings(stages, scale, "none")
     if sum(map(len, batches)) == 1:  # of a sample alone these are stages like the others
         stages, together = stages + together, 0
     runs = []
