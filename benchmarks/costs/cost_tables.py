@@ -308,16 +308,15 @@ def quicker_blocks(table: dict) -> str:
 
 
 def missed_targets(rows: list[dict]) -> list[str]:
-    """How many targets of each kind are missed, and the one of them that is missed most."""
+    """Every target that is missed, by kind, the one that is missed most first."""
     missed = [row for row in rows if row["value"] > row["target"]]
-    lines = [f"The unit has {len(rows)} targets. It misses {len(missed)} of them:", ""]
+    count = f"The unit has {len(rows)} targets. It misses {len(missed)}."
+    lines = [f"{count} Each is named with the ratio that it has, then the one wanted:", ""]
     for kind in dict.fromkeys(map(_kind, missed)):
         some = [row for row in missed if _kind(row) == kind]
-        farthest = max(some, key=lambda row: row["value"] / row["target"])
-        lines.append(
-            f"- {kind}: {len(some)} of {sum(_kind(row) == kind for row in rows)}. Farthest: "
-            f"{farthest['value']:.2f} instead of at most {farthest['target']:.2f} ({farthest['quantity']})."
-        )
+        some.sort(key=lambda row: row["value"] / row["target"], reverse=True)
+        each = "; ".join(f"{row['value']:.2f}, not {row['target']:.2f} ({row['quantity']})" for row in some)
+        lines.append(f"- {kind}, {len(some)} of {sum(_kind(row) == kind for row in rows)}: {each}.")
     return lines if missed else [f"The unit meets all of its {len(rows)} targets."]
 
 

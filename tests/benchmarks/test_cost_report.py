@@ -94,7 +94,7 @@ def test_the_blocks_that_are_quicker_are_named_with_the_arithmetic_a_second():
     assert cost_tables.quicker_blocks({"blocks": blocks}) == ""
 
 
-def test_missed_targets_are_counted_by_kind_with_the_farthest():
+def test_missed_targets_are_named_by_kind_the_farthest_first():
     def row(quantity, value, target, **times):
         return {"quantity": quantity, "value": value, "target": target, **times}
 
@@ -107,10 +107,10 @@ def test_missed_targets_are_counted_by_kind_with_the_farthest():
         row("memory", 1.0, 1.5),
     ]
     assert cost_tables.missed_targets(rows) == [
-        "The unit has 6 targets. It misses 3 of them:",
+        "The unit has 6 targets. It misses 3. Each is named with the ratio that it has, then the one wanted:",
         "",
-        "- Large maps and tokens, in float32: 2 of 3. Farthest: 0.90 instead of at most 0.50 (step).",
-        "- Half precision: 1 of 1. Farthest: 1.10 instead of at most 1.00 (bfloat16: forward).",
+        "- Large maps and tokens, in float32, 2 of 3: 0.90, not 0.50 (step); 0.60, not 0.50 (forward).",
+        "- Half precision, 1 of 1: 1.10, not 1.00 (bfloat16: forward).",
     ]
     assert cost_tables.missed_targets(rows[-2:]) == ["The unit meets all of its 2 targets."]
 
