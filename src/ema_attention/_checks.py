@@ -102,10 +102,13 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
 
 
-def check_unit_settings(decay: float, channel_dim: int) -> None:
+def check_unit_settings(decay: float, layer_scale: float, channel_dim: int) -> None:
     check_number("decay", decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")
+    check_number("layer_scale", layer_scale)
+    if not (math.isfinite(layer_scale) and layer_scale >= 0):
+        raise ValueError(f"layer_scale must be finite and at least 0; got {layer_scale}")
     check_integer("channel_dim", channel_dim)
     if channel_dim == 0:
         raise ValueError("channel_dim must not be 0, the batch dimension; got 0")

@@ -91,8 +91,9 @@ class EMAUnit(nn.Module):
         scale: sharpness of the E-step.
         norm_layer: makes the norm after conv2 from a number of channels; it gets (B, C, H, W).
             BatchNorm gets (B, C, 1, N), as any does where x is no image.
-        zero_init: start the norm's weight at 0, so that a unit inserted into a trained network changes
-            nothing at first (but for the last ReLU).
+        layer_scale: the initial weight γ of the norm: by how much the attention counts beside x at first, as in
+            LayerScale (Touvron et al., ICCV 2021). 1 as published; with 0 a unit inserted into a trained network
+            changes nothing until training moves it (but for the last ReLU).
         final_relu: whether the last ReLU is there; turn it off in token models and pre-activation nets, and where an
             addition follows (timm's ``attn_layer``): one in place overwrites what the ReLU needs for its gradient.
         channel_dim: where the channels are in the input; 1 for (B, C, \*spatial), -1 for (B, N, C) and (B, H, W, C).
@@ -133,7 +134,7 @@ class EMAUnit(nn.Module):
         gradient: GradientMode = "none",
         scale: float = 1.0,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        zero_init: bool = False,
+        layer_scale: float = 1.0,
         final_relu: bool = True,
         channel_dim: int = 1,
         sync_bases: bool = True,
@@ -145,7 +146,7 @@ class EMAUnit(nn.Module):
         check_settings(stages, scale, gradient)
         inner_channels = channels if inner_channels is None else inner_channels
         check_positive_integers(channels=channels, num_bases=num_bases, inner_channels=inner_channels)
-        check_unit_settings(decay, channel_dim)
+        check_unit_settings(decay, layer_scale, channel_dim)
         check_group("process_group", process_group)
         self.channels = channels
         self.num_bases = num_bases
@@ -153,7 +154,7 @@ class EMAUnit(nn.Module):
         self.inner_channels = inner_channels
         self.decay = decay
         self.scale = scale
-        self.zero_init = zero_init
+        self.layer_scale = layer_scale
         self.final_relu = final_relu
         self.channel_dim = channel_dim
         self.sync_bases = sync_bases
@@ -199,10 +200,10 @@ class EMAUnit(nn.Module):
         norm: Any = self.conv2[1]
         if hasattr(norm, "reset_parameters"):
             norm.reset_parameters()
-        if self.zero_init:
+        if self.layer_scale != 1:
             if not isinstance(getattr(norm, "weight", None), Tensor):
-                raise ValueError(f"zero_init needs a norm_layer with a weight; got {type(norm).__name__}")
-            nn.init.zeros_(norm.weight)
+                raise ValueError(f"layer_scale needs a norm_layer with a weight; got {type(norm).__name__}")
+            nn.init.constant_(norm.weight, self.layer_scale)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The unit's output for x; see the class. ``mask`` (B, *spatial) is True where a position takes part in EM.
@@ -296,6 +297,6 @@ class EMAUnit(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, num_bases={self.num_bases}, stages={self.stages}, inner_channels={self.inner_channels}, "
-            f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, final_relu={self.final_relu}, "
-            f"channel_dim={self.channel_dim}, sync_bases={self.sync_bases}"
+            f"decay={self.decay}, gradient={self.gradient!r}, scale={self.scale}, layer_scale={self.layer_scale}, "
+            f"final_relu={self.final_relu}, channel_dim={self.channel_dim}, sync_bases={self.sync_bases}"
         )

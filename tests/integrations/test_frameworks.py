@@ -46,7 +46,7 @@ def test_transformers_asks_a_models_own_init_weights() -> None:
     class Network(Backbone):
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
-            self.unit = EMAUnit(8, num_bases=4, zero_init=True)
+            self.unit = EMAUnit(8, num_bases=4, layer_scale=0)
             self.post_init()
 
         def _init_weights(self, module: nn.Module) -> None:
@@ -90,7 +90,7 @@ def test_a_unit_from_the_meta_device() -> None:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=True):
-        unit = EMAUnit(8, num_bases=4, zero_init=True)
+        unit = EMAUnit(8, num_bases=4, layer_scale=0)
     assert unit.mu.is_meta
     unit.to_empty(device="cpu").reset_parameters()
     torch.testing.assert_close(unit.mu.norm(dim=1), torch.ones(1, 4))

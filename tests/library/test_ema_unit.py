@@ -298,11 +298,23 @@ def test_layouts_agree() -> None:
         assert unit(tokens.contiguous()).is_contiguous()
 
 
-def test_zero_init_changes_nothing() -> None:
+@pytest.mark.parametrize("layer_scale", [0, 0.25, 1.0])
+def test_layer_scale_is_the_weight_that_the_norm_starts_with(layer_scale: float) -> None:
+    unit, published = EMAUnit(8, 4, layer_scale=layer_scale, final_relu=False).eval(), EMAUnit(8, 4, final_relu=False)
+    assert torch.equal(unit.conv2[1].weight, torch.full((8,), layer_scale))
+    published.load_state_dict({**unit.state_dict(), "conv2.1.weight": torch.ones(8)})
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(unit(x) - x, layer_scale * (published.eval()(x) - x))
+    unit.conv2[1].weight.data.fill_(3)
+    unit.reset_parameters()
+    assert torch.equal(unit.conv2[1].weight, torch.full((8,), layer_scale))
+
+
+def test_a_layer_scale_of_0_changes_nothing() -> None:
     x = torch.randn(2, 8, 6, 6)
     for training in (False, True):
-        assert torch.equal(EMAUnit(8, 4, zero_init=True, final_relu=False).train(training)(x), x)
-        assert torch.equal(EMAUnit(8, 4, zero_init=True).train(training)(x.relu()), x.relu())
+        assert torch.equal(EMAUnit(8, 4, layer_scale=0, final_relu=False).train(training)(x), x)
+        assert torch.equal(EMAUnit(8, 4, layer_scale=0).train(training)(x.relu()), x.relu())
 
 
 def test_padding_does_not_leak() -> None:
@@ -342,15 +354,18 @@ def test_other_norms_fit(norm_layer) -> None:
         ({"stages": 2.5}, TypeError, "stages must be an int; got float"),
         ({"decay": 1.5}, ValueError, "decay must be from 0 to 1; got 1.5"),
         ({"decay": float("nan")}, ValueError, "decay must be from 0 to 1; got nan"),
+        ({"layer_scale": -0.1}, ValueError, "layer_scale must be finite and at least 0; got -0.1"),
+        ({"layer_scale": float("inf")}, ValueError, "layer_scale must be finite and at least 0; got inf"),
+        ({"layer_scale": True}, TypeError, "layer_scale must be a float; got bool"),
         ({"scale": -1.0}, ValueError, "scale must be positive and finite; got -1.0"),
         ({"gradient": "some"}, ValueError, "gradient must be one of .* got 'some'"),
         ({"channel_dim": 0}, ValueError, "channel_dim must not be 0"),
         ({"channel_dim": "last"}, TypeError, "channel_dim must be an int; got str"),
         ({"scale": torch.ones(())}, TypeError, "scale must be a float; got Tensor"),
         (
-            {"zero_init": True, "norm_layer": nn.Identity},
+            {"layer_scale": 0, "norm_layer": nn.Identity},
             ValueError,
-            "zero_init needs a norm_layer with a weight; got Identity",
+            "layer_scale needs a norm_layer with a weight; got Identity",
         ),
     ],
 )

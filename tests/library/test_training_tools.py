@@ -88,7 +88,7 @@ def test_nested_calls_on_the_same_input_are_refused() -> None:
 def test_a_unit_that_changes_nothing_yet_may_run_twice_in_a_checkpoint() -> None:
     x, gradients = torch.rand(2, 6, 5, 5, dtype=torch.float64), []
     for run in (lambda f, x: checkpoint(f, x, use_reentrant=False), lambda f, x: f(x)):
-        unit, source = small_unit(gradient="all", zero_init=True), x.clone().requires_grad_()
+        unit, source = small_unit(gradient="all", layer_scale=0), x.clone().requires_grad_()
         y = run(lambda x, unit=unit: unit(unit(x)), source)
         y.pow(2).sum().backward()
         gradients.append(unit.conv2[1].weight.grad)
