@@ -3,10 +3,12 @@
 =========================== ============================ ==================================================
 chosen by                   plain form                   what another form saves
 =========================== ============================ ==================================================
-``projection_form``         ``conv1`` is called          folded: the N×C projection and its N·C² products
+``projection_form``         ``conv1`` is called          folded: the N×C projection and its N·C² products;
+                                                         multiplied: a convolution slower than a product
 ``has_one_product``         autograd through ``run``     2T - 1 of the N×C gradients of x that are summed
 ``residual_form``           ``conv2`` is called          folded: every N×C tensor but the output;
-                                                         recomputed: an N×C activation held for backward
+                                                         recomputed: an N×C activation held for backward;
+                                                         multiplied: as above
 ``has_half_products``       products in float32          half precision is faster, and as good as it can be
 =========================== ============================ ==================================================
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from ema_attention._torch import (
     autocasts,
     differentiates,
+    has_amx,
     has_global_hooks,
     is_forward_mode,
     is_plain,
@@ -35,8 +38,10 @@ from ema_attention._torch import (
 
 HALF = (torch.bfloat16, torch.float16)
 
-# Both measured with two threads of an AMD EPYC, where a convolution does twice as much a second as a product.
+# Measured with two threads of an AMD EPYC and of an Intel Xeon, where a convolution does twice as much a second as a
+# product. Half precision makes it faster still, and not what is folded into the bases, which stays float32.
 FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
+FOLDS_FROM_IN_HALF = 4.0
 SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
 
 _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
@@ -65,8 +70,10 @@ def plain_form() -> Iterator[None]:
         _is_plain_form.reset(token)
 
 
-def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) -> Literal["folded", "called"]:
-    """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, or by calling conv1.
+def projection_form(
+    conv1: nn.Module, x: Tensor, num_bases: int, stages: int
+) -> Literal["folded", "multiplied", "called"]:
+    """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, as a product, or by calling conv1.
 
     Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But a GPU convolves on its tensor cores,
     in half precision and by default in float32 (TF32). The float32 products with the bases gain from neither. So
@@ -76,8 +83,11 @@ def projection_form(conv1: nn.Module, x: Tensor, num_bases: int, stages: int) ->
         return "called"
     if not _may_choose():
         return "folded" if is_tracing() else "called"
-    is_large = x.device.type != "cuda" and x.shape[2] > FOLDS_FROM * 2 * stages * num_bases
-    return "folded" if is_large else "called"
+    folds_from = FOLDS_FROM_IN_HALF if x.dtype in HALF else FOLDS_FROM
+    is_large = x.device.type != "cuda" and x.shape[2] > folds_from * 2 * stages * num_bases
+    if is_large:
+        return "folded"
+    return "multiplied" if multiplies_faster(x) else "called"
 
 
 def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
@@ -85,15 +95,29 @@ def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
     return differentiates(x, mu, projection) and _may_choose() and x.shape[2] >= SAVES_MEMORY_FROM
 
 
-def residual_form(conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor) -> Literal["folded", "recomputed", "called"]:
+def multiplies_faster(x: Tensor) -> bool:
+    """Whether a 1×1 convolution of x runs as a matrix product.
+
+    With two threads of an Intel Xeon that has AMX a product takes 0.5 to 0.8 of a convolution's time in float32, and
+    in bfloat16 a fifth, because oneDNN copies x into another memory layout and back. On an AMD EPYC it takes longer.
+    """
+    return x.device.type == "cpu" and _may_choose() and has_amx()
+
+
+def residual_form(
+    conv2: nn.Sequential, x: Tensor, mu: Tensor, z: Tensor
+) -> Literal["folded", "recomputed", "multiplied", "called"]:
     """How conv2 runs on relu(mu zᵀ), for x (B, C, N).
 
     Folded: with the norm in the convolution's weights, in blocks of positions, where that norm is an affine map of each
     channel, known beforehand, and nothing is differentiated. Recomputed: backward computes conv2's input again.
-    Called: as any other module.
+    Multiplied: conv2's convolution is a product. Called: as any other module.
     """
-    if not _may_choose() or x.shape[2] < SAVES_MEMORY_FROM or not _is_as_made(conv2, x):
+    is_small = x.shape[2] < SAVES_MEMORY_FROM
+    if not _may_choose() or (is_small and not multiplies_faster(x)) or not _is_as_made(conv2, x):
         return "called"
+    if is_small:
+        return "multiplied"
     conv: Any
     norm: Any
     conv, norm = conv2

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from ema_attention._blocks import by_blocks
+from ema_attention._convolution import convolve, convolve_backward
 from ema_attention._forms import adds_in_place, residual_form, sees_single_positions
 from ema_attention._layout import Layout, is_channels_last
 from ema_attention._steps import reconstruct
@@ -34,12 +33,16 @@ def residual(x: Tensor, mu: Tensor, z: Tensor, conv2: nn.Sequential, final_relu:
         with without_autocast(x.device):
             return layout.restore(inference_tail(x, mu, z, *fold_norm(conv2), final_relu))
     as_image = layout.row if sees_single_positions(conv2) else layout.image
-    if form == "recomputed":
-        weight: Any = conv2[0].weight
-        y = as_image(reconstruct_conv(mu, z, weight.flatten(1).to(z.dtype), like=x))
-        y = conv2[1](mend_batch_stride(y))
-    else:
+    if form == "called":
         y = conv2(as_image(reconstruct(mu, z, like=x).relu_()))
+    else:
+        weight: Any = conv2[0].weight
+        weight = weight.flatten(1).to(z.dtype)
+        if form == "recomputed":
+            y = reconstruct_conv(mu, z, weight, like=x)
+        else:
+            y = convolve(weight, reconstruct(mu, z, like=x).relu_())
+        y = conv2[1](mend_batch_stride(as_image(y)))
     image = as_image(x)
     # in place where nobody, its backward included, looks at the norm's output
     y = y.add_(image) if adds_in_place(conv2) and y.dtype == x.dtype else y + image
@@ -108,24 +111,12 @@ class _ReconstructConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mu, z, weight = ctx.saved_tensors
         with without_autocast(z.device):
-            rectified = reconstruct(mu, z, like=grad).relu()
+            rectified = reconstruct(mu, z, like=grad).relu_()
             grad_weight = convolve_backward(weight, rectified, grad) if ctx.needs_input_grad[2] else None
             if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
                 return None, None, grad_weight, None
             grad = convolve(weight.mT, grad) * rectified.sign()
             return grad @ z, grad.mT @ mu, grad_weight, None
-
-
-def convolve(weight: Tensor, x: Tensor) -> Tensor:
-    """The 1×1 convolution of x (B, C, N) with weight (C', C), in the memory layout of x."""
-    return F.conv2d(x[:, :, None], weight[..., None, None]).squeeze(2)
-
-
-def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient (C', C) of the weight of :func:`convolve`, from that of its output."""
-    size = [*weight.shape, 1, 1]
-    grad_weight: Tensor = conv2d_weight(x[:, :, None], size, grad[:, :, None])
-    return grad_weight[:, :, 0, 0]
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ema_attention._forms import has_half_products
+from ema_attention._forms import HALF, has_half_products
 from ema_attention._layout import is_channels_last
 from ema_attention._torch import (
     at_least_float32,
-    is_known_true,
+    may_be_asked,
     may_overwrite,
     multiplies_to_float32,
     without_autocast,
@@ -140,24 +140,30 @@ def statistics(problem: Problem, z: Tensor) -> Tensor:
 
 def maximization(problem: Problem, sums: Tensor, mu: Tensor) -> Tensor:
     """M-step: the bases (B, C', K) from the sums over positions, which it may overwrite; ``mu`` are those before."""
-    if problem.projection is None:
-        return unit_norm(sums[:, : mu.shape[1]], fallback=mu)
-    return unit_norm(problem.projection @ sums, fallback=mu)  # Σ y z = W (Σ x z) + b (Σ z)
+    # Σ y z = W (Σ x z) + b (Σ z)
+    direction = sums[:, : mu.shape[1]] if problem.projection is None else problem.projection @ sums
+    return unit_norm(direction, fallback=mu, is_rounded=problem.x.dtype in HALF)
 
 
-def unit_norm(direction: Tensor, fallback: Tensor) -> Tensor:
+def unit_norm(direction: Tensor, fallback: Tensor, is_rounded: bool = False) -> Tensor:
     """Each column of ``direction`` (..., C, K) to unit L2 norm; of ``fallback`` where it is zero or not finite.
 
     ``direction`` is overwritten where nothing is differentiated: a new tensor costs more than what is written to it.
+    Where it comes from sums that are rounded to half precision, the last bits may be those that are faster.
     """
     limits = torch.finfo(direction.dtype)
-    # The squares of a norm over- and underflow long before the values do: bring the largest to 1 first.
+    divide = torch.Tensor.div_ if may_overwrite(direction) else torch.Tensor.div
+    # The squares of a norm over- and underflow long before the values do.
+    if is_rounded and may_be_asked(direction):
+        norm = torch.linalg.vector_norm(direction, dim=-2, keepdim=True)
+        if ((norm > limits.tiny**0.25) & (norm < limits.max**0.25)).all():
+            return divide(direction, norm)
+    # So bring the largest to 1 first.
     peak = largest(direction.detach())
     divisor = peak.clamp(limits.tiny, limits.max)
     is_defined = peak == divisor  # which NaN is not
-    divide = torch.Tensor.div_ if may_overwrite(direction) else torch.Tensor.div
     direction = divide(direction, divisor)
-    if not is_known_true(is_defined):
+    if not (may_be_asked(is_defined) and is_defined.all()):
         direction = torch.where(is_defined, direction, fallback)
     return divide(direction, torch.linalg.vector_norm(direction, dim=-2, keepdim=True))
 

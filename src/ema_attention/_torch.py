@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -60,11 +61,9 @@ def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def is_known_true(condition: Tensor) -> bool:
-    """Whether all of ``condition`` holds, where that can be asked without waiting for a device or ending a trace."""
-    if condition.device.type != "cpu" or not is_only_data(condition) or torch._C._len_torch_dispatch_stack():
-        return False
-    return bool(condition.all())
+def may_be_asked(tensor: Tensor) -> bool:
+    """Whether code may depend on the values of ``tensor`` without waiting for a device or ending a trace."""
+    return tensor.device.type == "cpu" and is_only_data(tensor) and not torch._C._len_torch_dispatch_stack()
 
 
 def may_overwrite(tensor: Tensor) -> bool:
@@ -90,6 +89,12 @@ def is_transformed() -> bool:
 def is_forward_mode() -> bool:
     """Whether derivatives are taken forward (torch.func.jvp, jacfwd), which the autograd.Functions here have not."""
     return forward_ad._current_level >= 0
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the CPU has matrix registers (AMX), as an Intel Xeon since 2023."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def multiplies_to_float32(*operands: Tensor) -> bool:

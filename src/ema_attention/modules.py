@@ -23,6 +23,7 @@ from ema_attention._checks import (
     check_unit_input,
     check_unit_settings,
 )
+from ema_attention._convolution import convolve
 from ema_attention._forms import is_pointwise, projection_form
 from ema_attention._layout import Layout, flatten
 from ema_attention._recomputation import Starts, outside_selective_checkpoint
@@ -74,8 +75,8 @@ class EMAUnit(nn.Module):
     cannot tell: compile around the checkpoint, and allow graph breaks.)
 
     Where there are many positions, on a CPU, ``conv1`` is not run: its weights are folded into the bases,
-    which gives the same function for less. (One with hooks, or replaced by a module of another kind, is always run.)
-    See :func:`plain_form`.
+    which gives the same function for less. Where a CPU is faster at products, both convolutions run as one. (A
+    module with hooks, or of another kind, is always called.) See :func:`plain_form`.
 
     Parameter names and shapes are those of the published EMANet weights.
 
@@ -247,10 +248,15 @@ class EMAUnit(nn.Module):
     def _prepare(self, x: Tensor, layout: Layout, mask: Tensor | None, mu: Tensor) -> tuple[Problem, Tensor]:
         """EM's problem on conv1(x) of x (B, C, N), and the bases mu (1, C', K) to start from."""
         x = x.to(autocast_dtype(x))
-        if projection_form(self.conv1, x, self.num_bases, self.stages) == "folded":
+        form = projection_form(self.conv1, x, self.num_bases, self.stages)
+        if form == "folded":
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
-            y = self.conv1(layout.row(x) if is_pointwise(self.conv1) else layout.image(x)).flatten(2)
+            if form == "multiplied":
+                weight, bias = self.conv1.weight.flatten(1), self.conv1.bias
+                y = convolve(weight.to(x.dtype), x, None if bias is None else bias.to(x.dtype))
+            else:
+                y = self.conv1(layout.row(x) if is_pointwise(self.conv1) else layout.image(x)).flatten(2)
         return prepare(y, mu, self.scale, mask, None, None)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_attention import EMAUnit, _residual, em_attention, plain_form
 from ema_attention._stages import run_with_one_product
-from ema_attention._steps import prepare
+from ema_attention._steps import Problem, maximization, prepare
 from tests.plain import PublishedEMAU
 from tests.plain import em_attention as plain_em_attention
 
@@ -117,6 +117,19 @@ def test_unit_is_finite_for_large_values_and_many_positions(dtype: torch.dtype, 
     assert unit.mu.isfinite().all()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30, 0.0, float("inf"), float("nan")])
+def test_bases_of_half_precision_have_unit_norm_whatever_the_size_of_the_sums(size: float) -> None:
+    """Squares of the first are 0 in float32, those of the fourth infinite; the last three have no direction."""
+    directions, mu = torch.randn(1, 16, 4), F.normalize(torch.randn(1, 16, 4), dim=1)
+    sums = directions.clone()
+    sums[..., 1] *= size
+    problem = Problem(torch.empty(1, 16, 9, dtype=torch.bfloat16), None, None, 1.0)
+    expected = F.normalize(directions, dim=1)
+    if size in (0.0, float("inf")) or size != size:
+        expected[..., 1] = mu[..., 1]
+    torch.testing.assert_close(maximization(problem, sums, mu), expected)
 
 
 def test_float64_is_computed_in_float64() -> None:

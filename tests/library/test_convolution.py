@@ -1,0 +1,95 @@
+"""The 1×1 convolution as a matrix product is the convolution: its result, gradients and memory layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from ema_attention import EMAUnit, _convolution, _forms
+from ema_attention._convolution import convolve, convolve_backward
+from tests.units import formula, trained_like
+
+
+@pytest.fixture
+def by_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_forms, "has_amx", lambda: True)
+    monkeypatch.setattr(_convolution, "conv2d_weight", None)  # it would be a convolution after all
+
+
+@pytest.fixture(params=[1, 3], ids="batch {}".format)
+def batch(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(params=[2, 9], ids="positions {}".format)  # fewer than half of the channels, and more
+def x(request: pytest.FixtureRequest, batch: int) -> Tensor:
+    return torch.randn(batch, 6, request.param, dtype=torch.float64)
+
+
+@pytest.fixture(params=[False, True], ids=["contiguous", "channels last"])
+def laid_out(request: pytest.FixtureRequest, x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if request.param else x
+
+
+def expected(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv1d(x, weight[..., None], bias)
+
+
+@pytest.mark.usefixtures("by_product")
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_product_equals_convolution(laid_out: Tensor, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True) if has_bias else None
+    x = laid_out.clone(memory_format=torch.preserve_format).requires_grad_()
+    inputs = [t for t in (weight, x, bias) if t is not None]
+    wanted = expected(weight, x, bias)
+    grad = torch.randn_like(wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "conv2d", None)
+        y = convolve(weight, x, bias)
+        assert gradcheck(convolve, (weight, x, bias))
+        assert gradgradcheck(convolve, (weight, x, bias))
+        assert_close = torch.testing.assert_close
+        assert_close(
+            convolve_backward(weight, x, grad), torch.autograd.grad(wanted, weight, grad, retain_graph=True)[0]
+        )
+    assert_close(y, wanted)
+    assert (y.stride(1) < y.stride(2)) == (x.stride(1) < x.stride(2))
+    for one, other in zip(*(torch.autograd.grad(t, inputs, grad) for t in (y, wanted)), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.usefixtures("by_product")
+def test_product_maps_over_weights_and_samples(x: Tensor) -> None:
+    weights, bias = torch.randn(4, 8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.vmap(convolve, (0, None, None))(weights, x, bias), torch.stack([expected(w, x, bias) for w in weights])
+    )
+    xs = torch.stack([x, 2 * x])
+    torch.testing.assert_close(
+        torch.vmap(convolve, (None, 0, None))(weights[0], xs, bias),
+        torch.stack([expected(weights[0], x) for x in xs]) + bias[:, None],
+    )
+
+
+@pytest.mark.parametrize("gradient", ["none", "all"])
+@pytest.mark.parametrize("side", [3, 4, 6])  # one product, a product a sample, and forms that save memory
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_unit_is_the_same_where_products_are_faster(
+    has_amx: bool, side: int, gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, convolutions = trained_like(EMAUnit(16, 4, gradient=gradient)).double(), []
+    x = torch.randn(3, 16, side, side, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(_forms, "has_amx", lambda: has_amx)
+    monkeypatch.setattr(F, "conv2d", lambda *args, conv2d=F.conv2d: convolutions.append(args) or conv2d(*args))
+    for mode in (True, False):
+        wanted = formula(unit.train(mode), x)
+        convolutions.clear()
+        y = unit(x)
+        assert bool(convolutions) != has_amx
+        torch.testing.assert_close(y, wanted)
+    parameters = [x, *(p for p in unit.parameters() if p.requires_grad)]
+    loss = torch.randn_like(y)
+    for one, other in zip(*(torch.autograd.grad(t, parameters, loss) for t in (y, wanted)), strict=True):
+        torch.testing.assert_close(one, other)
