@@ -24,6 +24,7 @@ _SHADES = ((0, 0.0), (1, 0.5), (0, 0.45), (1, 0.25), (0, 0.25), (1, 0.7), (0, 0.
 _MOST_MAPS = 12  # of plot_attention_maps, unless it is told which
 _MOST_STAGES = 6  # panels of plot_em_stages
 _LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are many of them
+_NUMBER_INCHES = 0.19  # from the number of a basis to the next, at least
 _NEARLY_EVEN = 0.1  # a certainty: below it, no basis stands out
 
 
@@ -32,11 +33,11 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
 
     The panels are the photograph; maps, each over the photograph in grey and framed in the colour of its
     basis; and the hard assignment: every position in the colour of the basis with the largest z, and the
-    number of that basis in its widest region. The more evenly the bases share a position, the fainter its
-    colours are; where that is so everywhere, the figure says it. There are eight colours: beyond K = 8 they
-    come round again in other shades, and the numbers tell the bases apart. The maps have one colour scale,
-    up to the largest value of all; they are taken to cover the whole photograph, and are interpolated to its
-    size.
+    number of that basis in its widest region, if there is room for it. The more evenly the bases share a
+    position, the fainter its colours are; where that is so everywhere, the figure says it. There are eight
+    colours: beyond K = 8 they come round again in other shades, and the numbers tell the bases apart. The maps
+    have one colour scale, up to the largest value of all; they are taken to cover the whole photograph, and
+    are interpolated to its size.
 
     Args:
         image: the photograph: a tensor (3, H, W) or (1, H, W), or anything that ``numpy.asarray`` makes
@@ -170,7 +171,7 @@ def _need_matplotlib(function: str) -> None:
 
 
 def draw_assignment(ax: Axes, photo: Tensor, z: Tensor) -> None:
-    """The strongest basis of every position of z (K, H, W) over the grey photograph, numbered in its widest region."""
+    """The strongest basis of every position of z (K, H, W) over the grey photograph, numbered where there is room."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patheffects import withStroke
 
@@ -183,11 +184,16 @@ def draw_assignment(ax: Axes, photo: Tensor, z: Tensor) -> None:
     opacity = (0.8 * certain).numpy()
     ax.imshow(assignment.numpy(), cmap=colours, vmin=-0.5, vmax=len(z) - 0.5, alpha=opacity, interpolation="nearest")
     outline = withStroke(linewidth=2, foreground="white")
-    for k in range(len(z)):
-        region = (assignment == k) & (certain >= _NEARLY_EVEN)
-        if region.any():
-            y, x = _widest_place(region.float())
-            ax.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
+    reach = math.ceil(_NUMBER_INCHES * photo.shape[1] * ax.figure.dpi / ax.get_window_extent().width)
+    is_free = torch.ones(z.shape[1:])
+    regions = ((assignment == k) & (certain >= _NEARLY_EVEN) for k in range(len(z)))
+    for k, region in sorted(enumerate(regions), key=lambda one: -int(one[1].sum())):
+        place = _widest_place(region.float(), is_free)
+        if place is None:  # other numbers take all of it
+            continue
+        y, x = place
+        ax.text(x, y, str(k), ha="center", va="center", size=9, weight="bold", path_effects=[outline])
+        is_free[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = 0
 
 
 def certainty(z: Tensor) -> Tensor:
@@ -308,10 +314,13 @@ def _lay_out(num_bases: int, maps: int, aspect: float, say: str | None) -> tuple
     return figure, panels
 
 
-def _widest_place(region: Tensor) -> tuple[int, int]:
-    """The position (y, x) of a region (H, W), 1 inside and 0 outside, that has the most of the region around it."""
+def _widest_place(region: Tensor, is_free: Tensor) -> tuple[int, int] | None:
+    """The position (y, x) of a region (H, W), 1 inside and 0 outside, that has the most of the region around it.
+
+    Of those positions that are free, (H, W), 1 or 0; None if the region has none.
+    """
     window = max(3, min(region.shape) // 8 | 1)
     around = F.avg_pool2d(region[None], (window, 1), 1, (window // 2, 0))
-    around = F.avg_pool2d(around, (1, window), 1, (0, window // 2))[0] * region
+    around = F.avg_pool2d(around, (1, window), 1, (0, window // 2))[0] * region * is_free
     y, x = divmod(int(around.argmax()), region.shape[1])
-    return y, x
+    return (y, x) if around[y, x] > 0 else None
