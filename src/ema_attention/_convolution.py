@@ -24,7 +24,7 @@ def convolve(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # To copy few positions into one product takes less than a copy, and a gradient, of the weight for each sample.
         row = x.transpose(0, 1).flatten(1)
         y = weight @ row if shift is None else torch.addmm(shift, weight, row)
-        return y.view(-1, batch, positions).transpose(0, 1).contiguous()
+        return y.view(len(weight), batch, positions).transpose(0, 1).contiguous()
     weight = weight.expand(batch, -1, -1)
     return torch.bmm(weight, x) if shift is None else torch.baddbmm(shift, weight, x)
 

@@ -38,8 +38,9 @@ from ema_attention._torch import (
 
 HALF = (torch.bfloat16, torch.float16)
 
-# Measured with two threads of an AMD EPYC and of an Intel Xeon, where a convolution does twice as much a second as a
-# product. Half precision makes it faster still, and not what is folded into the bases, which stays float32.
+# Measured with two threads, the first on an AMD EPYC, where a convolution does twice as much a second as a product, the
+# second on an Intel Xeon. Half precision makes a convolution faster, but not what is folded into the bases: it stays
+# float32.
 FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
 FOLDS_FROM_IN_HALF = 4.0
 SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it

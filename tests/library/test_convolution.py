@@ -17,7 +17,7 @@ def by_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_convolution, "conv2d_weight", None)  # it would be a convolution after all
 
 
-@pytest.fixture(params=[1, 3], ids="batch {}".format)
+@pytest.fixture(params=[0, 1, 3], ids="batch {}".format)
 def batch(request: pytest.FixtureRequest) -> int:
     return request.param
 
