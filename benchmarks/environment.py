@@ -35,7 +35,8 @@ def machine(device: str = "cpu") -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
+    name = found[1] if found else platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)| Processor\b", "", name).strip()
     return f"{name}, {os.cpu_count()} cores"
 
 

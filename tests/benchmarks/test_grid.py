@@ -196,7 +196,7 @@ def test_the_picture_has_a_panel_a_mode_and_every_ratio_in_its_place(measured: d
 @pytest.fixture(scope="module")
 def old() -> dict:
     """The results of a committed run, which has no grid."""
-    results = json.loads((RESULTS / "amd-epyc-2-cores" / "results.json").read_text())
+    results = json.loads((RESULTS / "intel-xeon-2-cores" / "results.json").read_text())
     return {key: value for key, value in results.items() if key != "grid"}
 
 
