@@ -397,3 +397,15 @@ def test_decay_1_leaves_bases_that_are_shorter_than_1_bit_identical() -> None:
     old = unit.mu.clone()
     unit(torch.randn(2, 8, 6, 6))
     assert torch.equal(unit.mu, old)
+
+
+@pytest.mark.parametrize("shape", [(20,), (2, 3, 4)])
+def test_a_norm_for_images_gets_what_is_no_image_in_one_row(shape: tuple[int, ...]) -> None:
+    seen: list[torch.Size] = []
+    unit = EMAUnit(8, 4, norm_layer=lambda channels: nn.GroupNorm(2, channels)).eval()
+    unit.conv2[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    x = torch.randn(2, 8, *shape)
+    expected = formula(unit, x.flatten(2)[:, :, None])[:, :, 0]
+    seen.clear()
+    torch.testing.assert_close(unit(x).flatten(2), expected)
+    assert seen == [(2, 8, 1, x[0, 0].numel())]
