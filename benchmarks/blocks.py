@@ -56,14 +56,14 @@ class NonLocal(nn.Module):
 
 
 class PositionAttention(nn.Module):
-    """DANet's position attention, PAM (Fu et al., CVPR 2019)."""
+    """DANet's position attention, PAM (Fu et al., CVPR 2019). Its learned gain starts at ``gain``: 0 in the paper."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, gain: float = 0.0) -> None:
         super().__init__()
         self.query = nn.Conv2d(channels, channels // 8, 1)
         self.key = nn.Conv2d(channels, channels // 8, 1)
         self.value = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.gamma = nn.Parameter(torch.tensor([gain]))
 
     def forward(self, x: Tensor) -> Tensor:
         attention = (self.query(x).flatten(2).mT @ self.key(x).flatten(2)).softmax(-1)  # (B, N, N)
@@ -71,11 +71,11 @@ class PositionAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """DANet's channel attention, CAM (Fu et al., CVPR 2019)."""
+    """DANet's channel attention, CAM (Fu et al., CVPR 2019). Its learned gain starts at ``gain``: 0 in the paper."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, gain: float = 0.0) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.gamma = nn.Parameter(torch.tensor([gain]))
 
     def forward(self, x: Tensor) -> Tensor:
         features = x.flatten(2)
@@ -87,10 +87,10 @@ class ChannelAttention(nn.Module):
 class DualAttention(nn.Module):
     """PAM and CAM on the same features, summed: what DANet's head computes between its 3×3 convolutions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, gain: float = 0.0) -> None:
         super().__init__()
-        self.position = PositionAttention(channels)
-        self.channel = ChannelAttention(channels)
+        self.position = PositionAttention(channels, gain=gain)
+        self.channel = ChannelAttention(channels, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.position(x) + self.channel(x)
