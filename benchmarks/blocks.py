@@ -274,13 +274,29 @@ BLOCKS: dict[str, Block] = {
     "Criss-cross": Block(CrissCross, slow.criss_cross, _position, _criss_cross_macs),
 }
 
+PUBLISHED = "EMAUnit as published"
+
+
+def unit_name(gradient: str, gamma: float) -> str:
+    """What a trained EMAUnit is called: by its ``gradient``, and by γ, its ``layer_scale``."""
+    return PUBLISHED if (gradient, gamma) == ("none", 1) else f"EMAUnit, {gradient}, γ {gamma:g}"
+
+
+GRADIENTS = ("none", "last", "all")
+GAMMAS = (0, 0.1, 0.25, 0.5, 1)
 TRAINED: dict[str, MakeBlock] = {
     "no block": lambda channels: nn.Identity(),
     "Non-local": BLOCKS["Non-local"].make,
     "DANet (PAM + CAM)": BLOCKS["PAM + CAM"].make,
+    "DANet, gain from 1": partial(BLOCKS["PAM + CAM"].make, gain=1.0),
     "Hamburger": BLOCKS["Hamburger (NMF)"].make,
-    "EMAUnit, none": BLOCKS["EMAUnit"].make,
-    "EMAUnit, last": partial(BLOCKS["EMAUnit"].make, gradient="last"),
-    "EMAUnit, all": BLOCKS['EMAUnit, gradient="all"'].make,
+    **{
+        unit_name(gradient, gamma): partial(BLOCKS["EMAUnit"].make, gradient=gradient, layer_scale=gamma)
+        for gradient in GRADIENTS
+        for gamma in GAMMAS
+    },
 }
-"""The blocks of the list that ``accuracy`` trains, by their names in its rows; after EMAUnit its gradient."""
+"""The blocks of the list that ``accuracy`` trains, by their names in its rows.
+
+Non-local's last norm and DANet's gains start at 0, as in their papers; Hamburger's last norm starts at 1.
+"""

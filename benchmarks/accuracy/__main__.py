@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,23 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.network_costs import measure_networks
-from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages
-from benchmarks.accuracy.score_tables import TITLES, class_table, readme_table, task_table
-from benchmarks.accuracy.scores import like_for_like, seeds_of
+from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages, plot_starts
+from benchmarks.accuracy.score_tables import (
+    NAMES,
+    SCORES,
+    TITLES,
+    class_table,
+    full_size_rate_table,
+    half_rate_table,
+    readme_table,
+    score_table,
+    start_table,
+    task_table,
+)
+from benchmarks.accuracy.scores import like_for_like, origin, runs_of, seeds_of
 from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, read_rows
-from benchmarks.accuracy.tasks import BASES, FIXED_BASES, STAGES, TASKS
+from benchmarks.accuracy.tasks import BASES, FIXED_BASES, LEADING, STAGES, TASKS, TWO_RATES
+from benchmarks.blocks import TRAINED
 from benchmarks.plot_style import png
 from benchmarks.reporting import update_readme
 from examples._common.files import written_whole
@@ -37,19 +50,24 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         "",
         "The same network with each block in the same place, trained end to end. A run is a seed: trained on the",
         "training set, its checkpoint chosen on the validation set, reported on the test set. mIoU in percent, mean ±",
-        "standard deviation over seeds. The word behind EMAUnit is its `gradient`; `none` is the paper.",
+        f"standard deviation over seeds. {NAMES}",
         "",
-        "Rows: `python -m benchmarks.accuracy.sweep --root CAMVID` "
-        "([runs.jsonl](runs.jsonl): recipe, machine, commit).",
+        "`python -m benchmarks.accuracy.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
+        origin(rows),
+        "",
         f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
         f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
         "image, as in the evaluation. Training step: forward and backward of a batch, as in the recipe.",
+        "",
+        "## Every block",
+        "",
+        *score_table(rows, TRAINED),
         "",
     ]
     for task, title in TITLES.items():
         if not any(row["task"] == task for row in rows):
             continue
-        recipe = next(row["recipe"] for row in rows if row["task"] == task)
+        recipe = asdict(TASKS[task].recipe)
         (height, width), (crop_height, crop_width) = TASKS[task].size, TASKS[task].crop
         recipe = ", ".join(f"{name} {value}" for name, value in recipe.items() if name != "seed")
         lines += [
@@ -60,8 +78,17 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         ]
         lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
         pictures[f"{task}.png"] = plot_learning(rows, task)
+        if task == "camvid-full":
+            lines += ["The learning rates that were tried, without a block and with seed 0:", ""]
+            lines += [*full_size_rate_table(rows), ""]
         if task != "digits":
             lines += ["IoU of every class, mean over the seeds:", "", *class_table(rows, task), ""]
+        if TRAINED.keys() <= TASKS[task].blocks.keys():
+            lines += [f"### Start and gradient: {SCORES[task]}", "", *start_table(rows, task), ""]
+            lines += [f"![score against γ for each gradient]({task}-starts.png)", ""]
+            pictures[f"{task}-starts.png"] = plot_starts(rows, task)
+    if any(runs_of(rows, task, block, share=0.5) for task in TWO_RATES for block in LEADING):
+        lines += ["## Half the learning rate", "", *half_rate_table(rows), ""]
     bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])
     if sum(block in bases for block in BASES.values()) > 1:
         pictures["bases.png"] = plot_bases(bases)
@@ -92,6 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not costs.exists():
             raise ValueError(f"{costs} does not exist: --measure makes it")
         networks = json.loads(costs.read_text())
+        if networks["networks"].keys() != TASKS.keys():
+            expected, got = ", ".join(TASKS), ", ".join(networks["networks"])
+            raise ValueError(f"{costs} must have the costs of {expected}; got those of {got}: --measure makes it again")
         text, pictures = report(rows, networks)
         files = {"report.md": text.encode()} | {name: png(figure) for name, figure in pictures.items()}
         for name, content in files.items():

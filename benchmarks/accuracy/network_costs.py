@@ -1,4 +1,4 @@
-"""The costs of every network that is trained: parameters, multiply-accumulates, times."""
+"""The costs of the networks that are compared: parameters, multiply-accumulates, times."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.accuracy.tasks import TASKS, Task
-from benchmarks.blocks import TRAINED
+from benchmarks.accuracy.tasks import COMPARED, TASKS, Task
 from benchmarks.environment import environment
 from benchmarks.measure import interleaved, macs, parameters, summary
 from examples._common.recipe import PRECISIONS
 
 
 def measure_networks(device: str, seconds: float = 40) -> dict[str, Any]:
-    """Parameters, MACs and time of the network of every task and block: a forward of one image, and a training step.
+    """Parameters, MACs and time of the networks of every task: a forward of one image, and a training step.
 
     The step has the recipe's batch, crops and precision, and no optimizer.
     """
     results: dict[str, Any] = {"environment": environment(device), "networks": {}}
     for name, task in tqdm(TASKS.items(), "measuring", unit="task"):
-        networks = {block: task.network(make).to(device) for block, make in TRAINED.items()}
+        blocks = [block for block in COMPARED if block in task.blocks]
+        networks = {block: task.network(task.blocks[block]).to(device) for block in blocks}
         image = torch.randn(1, 3, *task.size, device=device).contiguous(memory_format=torch.channels_last)
         rows = {
             block: {"parameters": parameters(network), "macs": macs(network.eval(), image)}

@@ -7,10 +7,10 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of
-from benchmarks.accuracy.sweep_runs import SEEDS, Rows
-from benchmarks.accuracy.tasks import BASES, EVALUATED_STAGES, FIXED_BASES, STAGES, TASKS
-from benchmarks.blocks import TRAINED
+from benchmarks.accuracy.scores import count_seeds, deviation, percent, runs_of, scores_of
+from benchmarks.accuracy.sweep_runs import Rows
+from benchmarks.accuracy.tasks import BASES, COMPARED, EVALUATED_STAGES, FIXED_BASES, STAGES, TASKS
+from benchmarks.blocks import GAMMAS, GRADIENTS, PUBLISHED, unit_name
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 
@@ -19,12 +19,12 @@ def plot_learning(rows: Rows, task: str) -> Figure:
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
     recipe = TASKS[task].recipe
-    for i, block in enumerate(TRAINED):
+    for i, block in enumerate(COMPARED):
         runs = runs_of(rows, task, block)
         if not runs:
             continue
         curves = {int(step): [percent(run["val"][step]) for run in runs] for step in runs[0]["val"]}
-        shift = recipe.evaluate_every * 0.05 * (i - len(TRAINED) // 2)  # so that no bar hides another
+        shift = recipe.evaluate_every * 0.05 * (i - len(COMPARED) // 2)  # so that no bar hides another
         means = [statistics.mean(values) for values in curves.values()]
         below, above = (
             [abs(pick(values) - mean) for values, mean in zip(curves.values(), means, strict=True)]
@@ -36,18 +36,50 @@ def plot_learning(rows: Rows, task: str) -> Figure:
             means,
             [below, above],
             color=UNIT_COLOUR if is_unit else COLOURS[i],
-            linestyle={"EMAUnit, last": "--", "EMAUnit, all": ":"}.get(block, "-"),
+            linestyle="--" if block == PUBLISHED else "-",
             linewidth=2.4 if is_unit else 1.4,
             marker=MARKERS[i],
             markersize=5,
             elinewidth=1,
             capsize=2,
-            label=f"{block} ({count_seeds(runs)})" if len(runs) != len(SEEDS) else block,
+            label=f"{block} ({count_seeds(runs)})" if len(runs) != TASKS[task].seeds else block,
         )
     ax.set(xlabel="training steps", ylabel="mIoU on val [%], mean and range of the seeds")
     ax.set(xticks=range(0, recipe.steps + 1, recipe.evaluate_every))
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def plot_starts(rows: Rows, task: str) -> Figure:
+    """Scores of EMAUnit against γ, the weight that its last norm starts with: a line for each gradient.
+
+    Mean and standard deviation over the seeds; a broken line for no block, with a band of its deviation.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    ax = figure.subplots()
+    for i, gradient in enumerate(GRADIENTS):
+        scores = {gamma: scores_of(runs_of(rows, task, unit_name(gradient, gamma))) for gamma in GAMMAS}
+        scores = {gamma + 0.008 * (i - 1): values for gamma, values in scores.items() if values}  # no bar hides another
+        ax.errorbar(
+            list(scores),
+            list(map(statistics.mean, scores.values())),
+            list(map(deviation, scores.values())),
+            color=(COLOURS[4], COLOURS[2], UNIT_COLOUR)[i],
+            linestyle=("--", "-.", "-")[i],
+            marker=MARKERS[i],
+            capsize=3,
+            label=f'gradient="{gradient}"',
+        )
+    if nothing := scores_of(runs_of(rows, task, "no block")):
+        mean, around = statistics.mean(nothing), deviation(nothing)
+        ax.axhline(mean, color="#000000", linestyle=":", label="no block")
+        ax.axhspan(mean - around, mean + around, color="#000000", alpha=0.1, linewidth=0)
+    score = "IoU of the wanted digits" if task == "digits" else "mIoU"
+    ax.set(xticks=GAMMAS, xticklabels=GAMMAS, xlabel="γ at the start (layer_scale)", ylabel=f"{score} on test [%]")
+    ax.set_title("mean and standard deviation over the seeds", fontsize="medium")
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from benchmarks.accuracy.scores import count_seeds, percent, runs_of, spread
-from benchmarks.accuracy.sweep_runs import Rows
-from benchmarks.accuracy.tasks import PAPER_SETTINGS
-from benchmarks.blocks import TRAINED
+from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
+from benchmarks.accuracy.sweep_runs import Rows, run_of
+from benchmarks.accuracy.tasks import COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
+from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
 from benchmarks.reporting import markdown_table, milliseconds
 from examples.emanet.data import CAMVID_NAMES
 
 TITLES = {
     "digits": "Digits that equal the key: what has to be known is far away",
     "mobilenet": "CamVid, MobileNetV2 with ImageNet's weights",
-    "resnet18": "CamVid, ResNet-18 from scratch",
+    "camvid-full": "CamVid at 480×360, the whole MobileNetV2",
 }
+SCORES = {
+    "digits": "digit scenes, IoU of the wanted digits",
+    "mobilenet": "CamVid, 240×180, mIoU",
+    "camvid-full": "CamVid, 480×360, mIoU",
+}
+"""What a block is judged by in each task."""
+
+
+NAMES = (
+    "The word behind EMAUnit is its `gradient`, and γ is its `layer_scale`: the weight that its last norm starts with. "
+    "As published they are `none` and 1. Non-local's last norm and DANet's gains start at 0, as in their papers. "
+    "*Gain from 1* is DANet with gains that start at 1."
+)
+"""What the names of the blocks mean."""
+
+
+def score_table(rows: Rows, blocks: Iterable[str]) -> list[str]:
+    """The score of every block on each task that has runs: mean ± standard deviation over seeds."""
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    head = [f"{SCORES[task]}, {TASKS[task].seeds} seeds" for task in tasks]
+    cells = [[block, *(_score(task, runs_of(rows, task, block)) for task in tasks)] for block in blocks]
+    return markdown_table(["block", *head], cells)
+
+
+def _score(task: str, runs: Rows) -> str:
+    """With the number of seeds where it is not the planned one."""
+    is_partial = runs and len(runs) != TASKS[task].seeds
+    return spread(scores_of(runs)) + (f" ({count_seeds(runs)})" if is_partial else "")
 
 
 def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
     """What each block adds: IoU on the test set over seeds, and what the network costs."""
-    costs = networks["networks"][task]
+    costs = networks["networks"][task]["blocks"]
     head = ["block", "mIoU", "seeds", "parameters", "GMAC", "forward, ms", "training step, ms"]
     if task == "digits":
         head[1:1] = ["IoU of the wanted digits", "the same, key unmarked"]
     cells = []
-    for block in TRAINED:
-        runs, cost = runs_of(rows, task, block), costs["blocks"][block]
+    for block, cost in costs.items():
+        runs = runs_of(rows, task, block)
         scores = [spread([percent(run["test"]) for run in runs])]
         if task == "digits":
             wanted = [spread([100 * run[of][1] for run in runs]) for of in ("test", "test_unmarked")]
@@ -39,10 +68,39 @@ def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
     return markdown_table(head, cells)
 
 
+def start_table(rows: Rows, task: str) -> list[str]:
+    """The score of EMAUnit for each gradient, a row, and each γ that its last norm starts with, a column."""
+    cells = [
+        [f"`{gradient}`", *(_score(task, runs_of(rows, task, unit_name(gradient, gamma))) for gamma in GAMMAS)]
+        for gradient in GRADIENTS
+    ]
+    return markdown_table(["gradient", *(f"γ {gamma:g}" for gamma in GAMMAS)], cells)
+
+
+def half_rate_table(rows: Rows) -> list[str]:
+    """The scores of the leading blocks at the learning rate of each task, and at half of it."""
+    columns = [(task, share) for task in TWO_RATES for share in (1, 0.5)]
+    head = [f"{SCORES[task]}, lr {share * TASKS[task].recipe.lr:g}" for task, share in columns]
+    cells = [
+        [block, *(_score(task, runs_of(rows, task, block, share)) for task, share in columns)] for block in LEADING
+    ]
+    return markdown_table(["block", *head], cells)
+
+
+def full_size_rate_table(rows: Rows) -> list[str]:
+    """What the learning rate of ``camvid-full`` was chosen from: the best mIoU on val, no block, seed 0."""
+    found = {run_of(row).lr: row for row in rows if run_of(row)[:3] == ("camvid-full", "no block", 0)}
+    cells = [
+        [f"{lr:g}", f"{max(map(percent, found[lr]['val'].values())):.1f}" if lr in found else "–"]
+        for lr in FULL_SIZE_RATES
+    ]
+    return markdown_table(["learning rate", "best mIoU on val"], cells)
+
+
 def class_table(rows: Rows, task: str) -> list[str]:
     """The mean IoU of every class over the seeds."""
     cells = []
-    for block in TRAINED:
+    for block in COMPARED:
         runs = runs_of(rows, task, block)
         if runs:
             means = 100 * torch.tensor([run["test"] for run in runs]).nanmean(0)
@@ -51,23 +109,9 @@ def class_table(rows: Rows, task: str) -> list[str]:
 
 
 def readme_table(rows: Rows) -> str:
-    """The score of every block on each task, and the commands that make it."""
-    heads = {
-        "digits": "digit scenes, IoU of the wanted digits",
-        "mobilenet": "CamVid, MobileNetV2, mIoU",
-        "resnet18": "CamVid, ResNet-18, mIoU",
-    }
-    columns = {}
-    for task in TITLES:
-        runs = {block: runs_of(rows, task, block) for block in TRAINED}
-        if any(runs.values()):
-            fewest, most = (pick(map(len, runs.values())) for pick in (min, max))
-            seeds = count_seeds(runs_of(rows, task, PAPER_SETTINGS)) if fewest == most else f"{fewest} to {most} seeds"
-            score = (lambda run: 100 * run["test"][1]) if task == "digits" else (lambda run: percent(run["test"]))
-            columns[f"{heads[task]}, {seeds}"] = [spread([score(run) for run in runs[block]]) for block in TRAINED]
-    cells = [[block, *scores] for block, *scores in zip(TRAINED, *columns.values(), strict=True)]
+    """The score of the blocks that are compared, and the commands that make it."""
     caption = (
         "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; percent on the test "
-        "set, mean ± standard deviation over seeds. The word behind EMAUnit is its `gradient`; `none` is the paper's."
+        f"set, mean ± standard deviation over seeds. {NAMES}"
     )
-    return "\n".join([caption, "", *markdown_table(["block", *columns], cells), ""])
+    return "\n".join([caption, "", *score_table(rows, COMPARED), ""])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from benchmarks.accuracy.sweep_runs import Rows
+from benchmarks.accuracy.tasks import BETTER_START, TASKS
 
 
-def runs_of(rows: Rows, task: str, block: str) -> Rows:
-    """The rows of a block on a task, one for each seed."""
-    return [row for row in rows if (row["task"], row["block"]) == (task, block)]
+def runs_of(rows: Rows, task: str, block: str, share: float = 1) -> Rows:
+    """The rows of a block on a task, one for each seed, at a share of the task's learning rate."""
+    lr = share * TASKS[task].recipe.lr
+    return [row for row in rows if (row["task"], row["block"], row["recipe"]["lr"]) == (task, block, lr)]
 
 
 def count_seeds(runs: Rows) -> str:
@@ -25,7 +28,16 @@ def percent(iou: Sequence[float]) -> float:
 
 
 def scores_of(runs: Rows) -> list[float]:
-    return [percent(run["test"]) for run in runs]
+    """What a block is judged by on the test set, in percent: the IoU of the wanted digits, in the streets the mean."""
+    return [100 * run["test"][1] if run["task"] == "digits" else percent(run["test"]) for run in runs]
+
+
+def origin(rows: Rows) -> str:
+    """The commit and the PyTorch that the rows are of; and a warning, if they are of several."""
+    counts = Counter((row["commit"], row["torch"]) for row in rows)
+    listed = "; ".join(f"{count} of commit {commit} with PyTorch {torch}" for (commit, torch), count in counts.items())
+    warning = " **They are not of one commit and one PyTorch, so what they differ by may come from the code.**"
+    return f"Rows: {listed}.{warning if len(counts) > 1 else ''}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -33,7 +45,12 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
     mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {deviation(values):.1f}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for one seed."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def like_for_like(rows: Rows, blocks: Iterable[str]) -> dict[str, Rows]:
@@ -46,4 +63,4 @@ def like_for_like(rows: Rows, blocks: Iterable[str]) -> dict[str, Rows]:
 def seeds_of(runs: dict[str, Rows]) -> list[str]:
     """A line: what an ablation was run on."""
     seeds = sorted({run["seed"] for found in runs.values() for run in found})
-    return [f"CamVid, MobileNetV2, the same recipe; seeds: {', '.join(map(str, seeds))}."]
+    return [f"{BETTER_START} on CamVid at 240×180, the same recipe; seeds: {', '.join(map(str, seeds))}."]

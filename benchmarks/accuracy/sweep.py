@@ -2,6 +2,8 @@
 
 python -m benchmarks.accuracy.sweep --root CAMVID                     everything that is not in the file yet
 python -m benchmarks.accuracy.sweep --root CAMVID --only digits       the runs whose names begin so
+python -m benchmarks.accuracy.sweep --root CAMVID --only "camvid-full/no block/0"
+                                                                      those that its learning rate is chosen from
 python -m benchmarks.accuracy.sweep --list                            what there is to do; done runs are marked
 
 A run is trained on the training set, its checkpoint is chosen on the validation set, and the test set is used once.
@@ -17,7 +19,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
     seed_everything(run.seed)
     model = task.network(task.blocks[run.block])
     sets = {split: task.data(root, split) for split in ("train", "val", "test")}
-    recipe = replace(task.recipe, seed=run.seed)
+    recipe = run.recipe()
     history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, resume=True)
     if recipe.steps not in history:
         return None
@@ -54,7 +56,9 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
     model.load_state_dict(best["model"])
     seed_everything(run.seed)  # Hamburger draws its bases in evaluation too
     row = {
-        **run._asdict(),
+        "task": run.task,
+        "block": run.block,
+        "seed": run.seed,
         "test": evaluate(model, sets["test"], device).tolist(),
         "val": history,
         "best_step": best["step"],

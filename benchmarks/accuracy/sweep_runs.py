@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, STAGES, TASKS
+from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, FULL_SIZE_RATES, LEADING, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED
 from benchmarks.reporting import RESULTS
 from examples._common.files import written_whole
+from examples._common.recipe import Recipe
 
 FOLDER = RESULTS / "accuracy"
 ROWS = FOLDER / "runs.jsonl"
-SEEDS = (0, 1, 2)
 Rows = Sequence[dict[str, Any]]
 
 
@@ -24,26 +24,56 @@ class Run(NamedTuple):
     task: str
     block: str
     seed: int
+    lr: float
 
     def __str__(self) -> str:
-        return "/".join(map(str, self))
+        return f"{self.task}/{self.block}/{self.seed}/lr {self.lr}"
+
+    def recipe(self) -> Recipe:
+        return replace(TASKS[self.task].recipe, seed=self.seed, lr=self.lr)
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """The run that a row is of."""
+    return Run(row["task"], row["block"], row["seed"], row["recipe"]["lr"])
 
 
 def planned_runs() -> list[Run]:
-    """All of them: seed by seed and the ablations last, so that finished runs can be compared at any time."""
-    tables = [Run(task, block, seed) for task in TASKS for seed in SEEDS for block in TRAINED]
-    return tables + [Run("mobilenet", block, seed) for seed in SEEDS for block in ABLATIONS]
+    """All of them: first what leads, seed by seed, so that the runs that are done can be compared at any time."""
+    others = [block for block in TRAINED if block not in LEADING]
+    runs = [
+        *_seed_by_seed(TWO_RATES, LEADING),
+        *_seed_by_seed(TWO_RATES, others),
+        *_seed_by_seed(TWO_RATES, LEADING, share=0.5),
+        *_seed_by_seed(("mobilenet",), ABLATIONS),
+        *(Run("camvid-full", "no block", 0, lr) for lr in FULL_SIZE_RATES),
+        *_seed_by_seed(("camvid-full",), TASKS["camvid-full"].blocks),
+    ]
+    return list(dict.fromkeys(runs))  # one of these rates is the task's own
+
+
+def _seed_by_seed(tasks: Sequence[str], blocks: Iterable[str], share: float = 1) -> list[Run]:
+    """The runs of the blocks at a share of each task's learning rate."""
+    return [
+        Run(task, block, seed, share * TASKS[task].recipe.lr)
+        for seed in range(max(TASKS[task].seeds for task in tasks))
+        for task in tasks
+        if seed < TASKS[task].seeds
+        for block in blocks
+    ]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none if there is no file yet. All of them have the recipes of ``TASKS``.
+    """The rows of a results file; none if there is no file yet.
 
     Raises:
-        ValueError: with the file's name and the line, for one that is no row of a run, or the second row of one.
+        ValueError: with the file's name and the line, for one that is no row of a run, of a run that is not planned
+            or was trained by another recipe, or the second row of a run.
     """
     if not path.exists():
         return []
     rows: dict[Run, dict[str, Any]] = {}
+    planned = set(planned_runs())
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -51,14 +81,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            run, trained_by = Run(row["task"], row["block"], row["seed"]), row["recipe"]
-            recipe = asdict(replace(TASKS[run.task].recipe, seed=run.seed))
-            is_row = run.block in TASKS[run.task].blocks and _are_scores(_scores_in(row))
+            run = run_of(row)
+            is_planned = run in planned
+            is_row = _are_scores(_scores_in(row)) and isinstance(row["commit"] + row["torch"], str)
         except (ValueError, KeyError, TypeError, AttributeError):
             is_row = False
         if not is_row:
             raise ValueError(f"{path} must have a row of a run in each line; got {line[:80]!r} in line {number}")
-        if trained_by != recipe:
+        if not is_planned:
+            raise ValueError(f"{path} must have rows of planned runs, see --list; got {run} in line {number}")
+        if row["recipe"] != asdict(run.recipe()):
             raise ValueError(f"{path} must have rows of the recipes in tasks.py; {run} was trained by another")
         if run in rows:
             raise ValueError(f"{path} must have one row of each run; line {number} has {run} again")
@@ -83,11 +115,11 @@ def _are_scores(scores: list[list[float]]) -> bool:
 
 def add_row(row: dict[str, Any], path: Path) -> None:
     """Adds a row to a results file, which is whole at any time. Its rows are in the order of their names."""
-    rows = sorted([*read_rows(path), row], key=lambda row: (row["task"], row["block"], row["seed"]))
+    rows = sorted([*read_rows(path), row], key=run_of)
     with written_whole(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def missing_runs(path: Path, only: str) -> list[Run]:
-    done = {Run(row["task"], row["block"], row["seed"]) for row in read_rows(path)}
+    done = set(map(run_of, read_rows(path)))
     return [run for run in planned_runs() if run not in done and str(run).startswith(only)]
