@@ -112,6 +112,7 @@ def test_main_writes_the_report_and_the_readmes_table(tmp_path: Path, capsys: py
     assert "got those of digits: --measure makes it again" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not ROWS.exists(), reason="the sweep has no row yet")
 def test_the_committed_report_is_of_the_committed_rows() -> None:
     rows, costs = read_rows(ROWS), json.loads((FOLDER / "costs.json").read_text())
     assert (FOLDER / "report.md").read_text() == accuracy.report(rows, costs)[0]
