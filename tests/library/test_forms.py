@@ -178,6 +178,30 @@ def test_hooks_on_all_modules_see_what_a_norm_returned(side: int) -> None:
     assert "backward" in seen
 
 
+def wide_conv(unit: EMAUnit) -> None:
+    unit.conv2[0] = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+
+@pytest.mark.parametrize("side", [4, 48])
+@pytest.mark.parametrize(
+    ("change", "is_row"), [(lambda unit: None, True), (wide_conv, False), (append_dropout, False), (other_norm, False)]
+)
+def test_only_what_sees_single_positions_gets_them_in_one_row(
+    change: Callable[[EMAUnit], None], is_row: bool, side: int
+) -> None:
+    unit = trained_like(EMAUnit(8, 4)).eval()
+    change(unit)
+    x, seen = torch.randn(2, 8, side, side), []
+    expected = formula(unit, x)
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+    try:
+        torch.testing.assert_close(unit(x), expected)
+    finally:
+        handle.remove()
+    shapes = [tensor.shape for module, tensor in seen if module is unit.conv2[1]]
+    assert shapes == [(2, 8, 1, side * side) if is_row else (2, 8, side, side)]
+
+
 def test_autocast_folds_the_norm_too(calls: list[str]) -> None:
     unit = trained_like(EMAUnit(8, 4)).eval()
     x = torch.randn(2, 8, 48, 48)
