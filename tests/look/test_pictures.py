@@ -121,7 +121,7 @@ def test_titles_have_the_share_of_the_image():
 
 
 def test_the_colour_bar_goes_from_0_to_the_largest_value_and_every_map_uses_it():
-    z = maps(3, 20, 30) / 10
+    z = (maps(3, 20, 30) + 1) / 4  # nowhere near 1
     figure = plot_attention_maps(IMAGE, z)
     assert figure.axes[-1].get_ylim() == (0, pytest.approx(z.max().item()))
     for ax in panels(figure)[1]:
@@ -140,6 +140,16 @@ def test_the_assignment_is_the_largest_z_with_its_number_inside_the_region():
     for text in last.texts:
         x, y = text.get_position()
         assert assignment[y, x] == int(text.get_text())
+
+
+@pytest.mark.parametrize("z", [maps(64, 1, 196).squeeze(1)[None], maps(4)[:3]])
+def test_maps_of_which_some_are_missing_are_refused(z: torch.Tensor):
+    with pytest.raises(ValueError, match="z must sum to 1 over the K bases at each position, or to 0; got a sum of"):
+        plot_attention_maps(torch.rand(3, 8, 8), z)
+
+
+def test_maps_in_half_precision_are_not_refused():
+    plot_attention_maps(torch.rand(3, 8, 8), maps(64, 20, 20).bfloat16())
 
 
 def test_every_region_has_its_number_where_there_is_room():

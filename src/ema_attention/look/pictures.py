@@ -25,6 +25,7 @@ _MOST_MAPS = 12  # of plot_attention_maps, unless it is told which
 _MOST_STAGES = 6  # panels of plot_em_stages
 _LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are many of them
 _NUMBER_INCHES = 0.19  # from the number of a basis to the next, at least
+_ROUNDING = 0.05  # of the sum of maps in bfloat16
 _NEARLY_EVEN = 0.1  # a certainty: below it, no basis stands out
 
 
@@ -56,8 +57,8 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
     Raises:
         ImportError: without matplotlib.
         TypeError: for maps that are not a floating point tensor, or an image of another dtype.
-        ValueError: for other shapes, for values that are not finite and from 0 to 1, and for bases that are
-            not different numbers from 0 to K - 1.
+        ValueError: for other shapes, for values that are not finite and from 0 to 1, for maps that do not sum to
+            1, or to 0, at each position, and for bases that are not different numbers from 0 to K - 1.
 
     Example:
         >>> figure = plot_attention_maps(torch.rand(3, 48, 64), torch.randn(4, 6, 8).softmax(0), bases=[2, 0])
@@ -261,6 +262,13 @@ def _check_maps(z: Tensor, dimensions: str) -> None:
     if z.dim() != len(dimensions.split()) or not z.numel():
         raise ValueError(f"z must be ({dimensions}), one sample of the maps; got {tuple(z.shape)}")
     check_from_0_to_1("z", z)
+    sums = z.detach().float().sum(-3)
+    is_whole = ((sums - 1).abs() < _ROUNDING) | (sums < _ROUNDING)
+    if not is_whole.all():
+        raise ValueError(
+            f"z must sum to 1 over the K bases at each position, or to 0; got a sum of {sums[~is_whole][0]:.4g}: "
+            f"is one dimension missing in {tuple(z.shape)}?"
+        )
 
 
 def check_from_0_to_1(name: str, values: Tensor) -> None:
