@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from ema_attention import EMAUnit, _convolution, _forms
@@ -93,3 +93,21 @@ def test_unit_is_the_same_where_products_are_faster(
     loss = torch.randn_like(y)
     for one, other in zip(*(torch.autograd.grad(t, parameters, loss) for t in (y, wanted)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_autocast_reaches_the_products(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, results = trained_like(EMAUnit(16, 4, gradient="all")), []
+    if not has_bias:
+        unit.conv1 = nn.Conv2d(16, 16, 1, bias=False)
+    x = torch.randn(3, 16, 4, 4, requires_grad=True)
+    for has_amx in (True, False):
+        monkeypatch.setattr(_forms, "has_amx", lambda has_amx=has_amx: has_amx)
+        unit.mu.copy_(F.normalize(torch.ones(16, 4).cumsum(1).cos(), dim=0))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = unit(x)
+        assert y.dtype == torch.float32
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *unit.conv1.parameters()])))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 2e-2 * other.norm()

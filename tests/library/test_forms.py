@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_attention import EMAUnit, _residual, em_attention, functional, plain_form
+from ema_attention import EMAUnit, _forms, _residual, em_attention, functional, plain_form
 from tests.units import formula, trained_like
 
 
@@ -54,6 +55,28 @@ def test_used_where_they_may_be(calls: list[str]) -> None:
     calls.clear()
     EMAUnit(8, 4, gradient="none")(x)
     assert calls == ["reconstruct_conv"]
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2.5), (torch.float64, 2.5), (torch.bfloat16, 4.0)])
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_conv1_is_folded_beyond_so_many_positions(
+    dtype: torch.dtype, share: float, has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_forms, "has_amx", lambda: has_amx)
+    conv1, limit = nn.Conv2d(8, 8, 1), int(share * 2 * 3 * 4)
+
+    def form(positions: int, conv1: nn.Module = conv1) -> str:
+        return _forms.projection_form(conv1, torch.empty(1, 8, positions, dtype=dtype), num_bases=4, stages=3)
+
+    assert [form(1), form(limit), form(limit + 1)] == [*2 * ["multiplied" if has_amx else "called"], "folded"]
+    assert form(limit + 1, nn.Conv2d(8, 8, 3, padding=1)) == "called"
+    with plain_form():
+        assert form(limit + 1) == form(1) == "called"
+    with monkeypatch.context() as patch:
+        patch.setattr(_forms, "is_tracing", lambda: True)
+        assert form(1) == "folded"
+    with FakeTensorMode():
+        assert _forms.projection_form(conv1, torch.empty(1, 8, limit + 1, device="cuda"), 4, 3) == "called"
 
 
 def with_hook_on(get: Callable[[EMAUnit], nn.Module]) -> Callable[[EMAUnit], None]:
