@@ -253,8 +253,7 @@ class EMAUnit(nn.Module):
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
             if form == "multiplied":
-                weight, bias = self.conv1.weight.flatten(1), self.conv1.bias
-                y = convolve(weight.to(x.dtype), x, None if bias is None else bias.to(x.dtype))
+                y = convolve(self.conv1.weight.flatten(1), x, self.conv1.bias)  # autocast casts them as conv1's own
             else:
                 y = self.conv1(layout.row(x) if is_pointwise(self.conv1) else layout.image(x)).flatten(2)
         return prepare(y, mu, self.scale, mask, None, None)
