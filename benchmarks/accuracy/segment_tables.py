@@ -95,7 +95,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         "## CPU seconds to find the bases",
         "",
-        "From features in memory, mean over the seeds. All times are CPU times: with one thread, what an idle machine takes.",
+        "From features in memory, mean over the seeds. All times are CPU times. Other work on the machine makes them",
+        "longer.",
         "",
         *markdown_table(
             head,

@@ -18,6 +18,7 @@ from benchmarks.accuracy.scores import percent
 from benchmarks.accuracy.segment_pictures import plot_scores, shades
 from benchmarks.accuracy.segment_tables import AFRESH, JOINT, KMEANS, METHODS, SOFT, report
 from benchmarks.accuracy.segments import Found, Frames
+from benchmarks.accuracy.sweep_runs import FOLDER
 from ema_attention import em_attention
 from examples._common.samples import IGNORE
 from examples.emanet.data import CAMVID_COLOURS, CAMVID_NAMES
@@ -200,3 +201,9 @@ def test_the_plot_has_a_line_for_each_method_and_naming() -> None:
     for ax, score in zip(plot_scores(made_up()).axes, (30, 50), strict=True):
         assert len(ax.containers) == len(METHODS)
         assert ax.containers[0].lines[0].get_ydata().tolist() == pytest.approx([score, score])
+
+
+def test_the_committed_page_is_of_the_committed_numbers() -> None:
+    results = json.loads((FOLDER / "segments.json").read_text())
+    assert (FOLDER / "segments.md").read_text() == report(results)
+    assert {row["method"] for row in results["rows"]} == set(METHODS)
