@@ -21,7 +21,8 @@ def convolve(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     shift = None if bias is None else bias[:, None]
     batch, channels, positions = x.shape
     if positions * (len(weight) + channels) < len(weight) * channels:
-        # To copy few positions into one product takes less than a copy, and a gradient, of the weight for each sample.
+        # One product of a copy of few positions takes less than one for each sample, which copies the weight and makes
+        # a gradient of it each time. Backward holds the copy.
         row = x.transpose(0, 1).flatten(1)
         y = weight @ row if shift is None else torch.addmm(shift, weight, row)
         return y.view(len(weight), batch, positions).transpose(0, 1).contiguous()

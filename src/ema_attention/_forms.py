@@ -4,11 +4,11 @@
 chosen by                   plain form                   what another form saves
 =========================== ============================ ==================================================
 ``projection_form``         ``conv1`` is called          folded: the N×C projection and its N·C² products;
-                                                         multiplied: a convolution slower than a product
+                                                         multiplied: time, where a product is faster
 ``has_one_product``         autograd through ``run``     2T - 1 of the N×C gradients of x that are summed
 ``residual_form``           ``conv2`` is called          folded: every N×C tensor but the output;
                                                          recomputed: an N×C activation held for backward;
-                                                         multiplied: as above
+                                                         multiplied: time, where a product is faster
 ``has_half_products``       products in float32          half precision is faster, and as good as it can be
 =========================== ============================ ==================================================
 
@@ -38,10 +38,10 @@ from ema_attention._torch import (
 
 HALF = (torch.bfloat16, torch.float16)
 
-# Measured with two threads, the first on an AMD EPYC, where a convolution does twice as much a second as a product, the
-# second on an Intel Xeon. Half precision makes a convolution faster, but not what is folded into the bases: it stays
-# float32.
-FOLDS_FROM = 2.5  # times the positions from which folding takes fewer multiply-accumulates
+# Times the positions from which folding takes fewer multiply-accumulates. The first is measured with two threads of an
+# AMD EPYC, where a convolution does twice as much a second as a product. The second with two of an Intel Xeon: the
+# convolution gains from half precision, and the folded products do not, which are float32.
+FOLDS_FROM = 2.5
 FOLDS_FROM_IN_HALF = 4.0
 SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it
 
@@ -99,8 +99,7 @@ def has_one_product(x: Tensor, mu: Tensor, projection: Tensor | None) -> bool:
 def multiplies_faster(x: Tensor) -> bool:
     """Whether a 1×1 convolution of x runs as a matrix product.
 
-    With two threads of an Intel Xeon that has AMX a product takes 0.5 to 0.8 of a convolution's time in float32, and
-    in bfloat16 a fifth, because oneDNN copies x into another memory layout and back. On an AMD EPYC it takes longer.
+    On an Intel Xeon that has AMX it takes less time, least of all in half precision. On an AMD EPYC it takes longer.
     """
     return x.device.type == "cpu" and _may_choose() and has_amx()
 

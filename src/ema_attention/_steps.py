@@ -142,23 +142,22 @@ def maximization(problem: Problem, sums: Tensor, mu: Tensor) -> Tensor:
     """M-step: the bases (B, C', K) from the sums over positions, which it may overwrite; ``mu`` are those before."""
     # Σ y z = W (Σ x z) + b (Σ z)
     direction = sums[:, : mu.shape[1]] if problem.projection is None else problem.projection @ sums
-    return unit_norm(direction, fallback=mu, is_rounded=problem.x.dtype in HALF)
+    return unit_norm(direction, fallback=mu, may_round=problem.x.dtype in HALF)
 
 
-def unit_norm(direction: Tensor, fallback: Tensor, is_rounded: bool = False) -> Tensor:
+def unit_norm(direction: Tensor, fallback: Tensor, may_round: bool = False) -> Tensor:
     """Each column of ``direction`` (..., C, K) to unit L2 norm; of ``fallback`` where it is zero or not finite.
 
     ``direction`` is overwritten where nothing is differentiated: a new tensor costs more than what is written to it.
-    Where it comes from sums that are rounded to half precision, the last bits may be those that are faster.
+    ``may_round``: it comes from sums in half precision, so a faster norm may differ in the last bits.
     """
     limits = torch.finfo(direction.dtype)
     divide = torch.Tensor.div_ if may_overwrite(direction) else torch.Tensor.div
-    # The squares of a norm over- and underflow long before the values do.
-    if is_rounded and may_be_asked(direction):
+    if may_round and may_be_asked(direction):
         norm = torch.linalg.vector_norm(direction, dim=-2, keepdim=True)
         if ((norm > limits.tiny**0.25) & (norm < limits.max**0.25)).all():
             return divide(direction, norm)
-    # So bring the largest to 1 first.
+    # The squares of a norm over- and underflow long before the values do: bring the largest to 1 first.
     peak = largest(direction.detach())
     divisor = peak.clamp(limits.tiny, limits.max)
     is_defined = peak == divisor  # which NaN is not

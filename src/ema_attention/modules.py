@@ -75,8 +75,8 @@ class EMAUnit(nn.Module):
     cannot tell: compile around the checkpoint, and allow graph breaks.)
 
     Where there are many positions, on a CPU, ``conv1`` is not run: its weights are folded into the bases,
-    which gives the same function for less. Where a CPU is faster at products, both convolutions run as one. (A
-    module with hooks, or of another kind, is always called.) See :func:`plain_form`.
+    which gives the same function for less. Where a CPU is faster at products, each convolution runs as a matrix
+    product. (A module with hooks of its own, or of another kind, is always called.) See :func:`plain_form`.
 
     Parameter names and shapes are those of the published EMANet weights.
 

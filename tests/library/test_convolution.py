@@ -74,7 +74,7 @@ def test_product_maps_over_weights_and_samples(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["none", "all"])
-@pytest.mark.parametrize("side", [3, 4, 6])  # one product, a product a sample, and forms that save memory
+@pytest.mark.parametrize("side", [2, 4, 6, 48])  # one product, a product a sample, forms that save memory, folded
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_unit_is_the_same_where_products_are_faster(
     has_amx: bool, side: int, gradient: str, monkeypatch: pytest.MonkeyPatch
@@ -83,16 +83,17 @@ def test_unit_is_the_same_where_products_are_faster(
     x = torch.randn(3, 16, side, side, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(_forms, "has_amx", lambda: has_amx)
     monkeypatch.setattr(F, "conv2d", lambda *args, conv2d=F.conv2d: convolutions.append(args) or conv2d(*args))
+    parameters = [x, *(p for p in unit.parameters() if p.requires_grad)]
+    loss = torch.randn_like(x)
     for mode in (True, False):
         wanted = formula(unit.train(mode), x)
+        expected = torch.autograd.grad(wanted, parameters, loss)
         convolutions.clear()
         y = unit(x)
         assert bool(convolutions) != has_amx
         torch.testing.assert_close(y, wanted)
-    parameters = [x, *(p for p in unit.parameters() if p.requires_grad)]
-    loss = torch.randn_like(y)
-    for one, other in zip(*(torch.autograd.grad(t, parameters, loss) for t in (y, wanted)), strict=True):
-        torch.testing.assert_close(one, other)
+        for one, other in zip(torch.autograd.grad(y, parameters, loss), expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -132,6 +132,12 @@ def test_bases_of_half_precision_have_unit_norm_whatever_the_size_of_the_sums(si
     torch.testing.assert_close(maximization(problem, sums, mu), expected)
 
 
+def test_gradient_of_the_norm_of_half_precision() -> None:
+    problem = Problem(torch.empty(1, 5, 9, dtype=torch.bfloat16), None, None, 1.0)
+    sums, mu = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 5, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda sums: maximization(problem, sums, mu), (sums,))
+
+
 def test_float64_is_computed_in_float64() -> None:
     x, mu = clusters(2, 16, 4, 200, 3.0)
     expected = plain_em_attention(x, mu, 3)
