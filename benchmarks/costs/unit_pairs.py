@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import slow
-from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES
+from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES, Block, MakeBlock
 from benchmarks.measure import Mode, failure, prepare
 from ema_attention import EMAUnit, GradientMode
 from tests.plain import PublishedEMAU
@@ -67,12 +67,16 @@ def wrong_units(device: str = "cpu") -> str | None:
     blocks = {"Non-local": BLOCKS["Non-local"]}
     for name, make in (("EMAU as published", PublishedEMAU), ("EMAUnit", EMAUnit)):
         for gradient in GRADIENTS:
-            blocks[f"{name}, gradient={gradient!r}"] = BLOCKS[name]._replace(
-                make=partial(make, gradient=gradient), slow=partial(slow.emau, gradient=gradient)
-            )
+            blocks[f"{name}, gradient={gradient!r}"] = _differentiated(name, make, gradient)
     reasons = {name: failure(block, device) for name, block in blocks.items()}
     wrong = next((f"{name}: {reason}" for name, reason in reasons.items() if reason), None)
     return wrong or _wrong_on_tokens(device)
+
+
+@cache  # so that failure, which is slow, knows it again
+def _differentiated(name: str, make: MakeBlock, gradient: GradientMode) -> Block:
+    """A block whose ``make`` gives it a gradient, and its slow form with the same."""
+    return BLOCKS[name]._replace(make=partial(make, gradient=gradient), slow=partial(slow.emau, gradient=gradient))
 
 
 def _wrong_on_tokens(device: str) -> str | None:
