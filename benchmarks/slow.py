@@ -21,11 +21,10 @@ def emau(state: State, x: Tensor, training: bool, gradient: str = "none", stages
         for stage in range(stages):
             constant = gradient == "none" or (gradient == "last" and stage < stages - 1)
             y, bases = (sample.detach(), bases.detach()) if constant else (sample, bases)
-            maps = [softmax(bases.T @ position) for position in y.T]
-            total = sum(torch.outer(position, z) for position, z in zip(y.T, maps, strict=True))
-            bases = total / total.pow(2).sum(0).sqrt()
-        out = [bases @ z for z in maps]
-        outs.append(torch.stack(out, 1).clamp_min(0))
+            maps = softmax([basis @ y for basis in bases.T])  # (K, N)
+            totals = [y @ z for z in maps]
+            bases = torch.stack([total / total.pow(2).sum().sqrt() for total in totals], 1)
+        outs.append(sum(torch.outer(basis, z) for basis, z in zip(bases.T, maps, strict=True)).clamp_min(0))
     out = norm(state, "conv2.1", linear(state, "conv2.0", torch.stack(outs)), training)
     return (columns(x) + out).clamp_min(0).view_as(x)
 
@@ -125,9 +124,10 @@ def norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
 
 
 def softmax(logits: list[Tensor] | Tensor) -> Tensor:
+    """Over the first dimension, or over the list."""
     logits = torch.stack(logits) if isinstance(logits, list) else logits
-    exponentials = (logits - logits.max()).exp()
-    return exponentials / exponentials.sum()
+    exponentials = (logits - logits.amax(0)).exp()
+    return exponentials / exponentials.sum(0)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
