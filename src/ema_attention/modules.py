@@ -202,7 +202,7 @@ class EMAUnit(nn.Module):
         if hasattr(norm, "reset_parameters"):
             norm.reset_parameters()
         if self.layer_scale != 1:
-            if not isinstance(getattr(norm, "weight", None), Tensor):
+            if not isinstance(getattr(norm, "weight", None), nn.Parameter):  # one that is computed cannot be set
                 raise ValueError(f"layer_scale needs a norm_layer with a weight; got {type(norm).__name__}")
             nn.init.constant_(norm.weight, self.layer_scale)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from ema_attention import EMAUnit, collect_attention_maps, em_attention
@@ -366,6 +367,11 @@ def test_other_norms_fit(norm_layer) -> None:
             {"layer_scale": 0, "norm_layer": nn.Identity},
             ValueError,
             "layer_scale needs a norm_layer with a weight; got Identity",
+        ),
+        (
+            {"layer_scale": 0, "norm_layer": lambda c: weight_norm(nn.BatchNorm2d(c), dim=None)},
+            ValueError,
+            "layer_scale needs a norm_layer with a weight; got ParametrizedBatchNorm2d",
         ),
     ],
 )
