@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.accuracy.gradients import means_of, noted
 from benchmarks.accuracy.sweep_runs import ROWS, Run, add_row, missing_runs, planned_runs
 from benchmarks.accuracy.tasks import EVALUATED_STAGES, STAGES, TASKS
 from benchmarks.blocks import TRAINED
@@ -49,7 +50,10 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
     model = task.network(task.blocks[run.block])
     sets = {split: task.data(root, split) for split in ("train", "val", "test")}
     recipe = run.recipe()
-    history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, resume=True)
+    last, gradients = folder / "last.pt", folder / "gradients.jsonl"
+    step = load_checkpoint(last)["step"] if last.exists() else 0
+    with noted(*task.parts(model), gradients, step):
+        history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, resume=True)
     if recipe.steps not in history:
         return None
     best = load_checkpoint(folder / "best.pt")
@@ -62,6 +66,7 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
         "test": evaluate(model, sets["test"], device).tolist(),
         "val": history,
         "best_step": best["step"],
+        "gradients": means_of(gradients),
         "recipe": asdict(recipe),
         "machine": machine(device),
         "torch": torch.__version__,

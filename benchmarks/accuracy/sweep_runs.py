@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.accuracy.gradients import Notes
 from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, FULL_SIZE_RATES, LEADING, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED
 from benchmarks.reporting import RESULTS
@@ -83,7 +84,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             run = run_of(row)
             is_planned = run in planned
-            is_row = _are_scores(_scores_in(row)) and isinstance(row["commit"] + row["torch"], str)
+            is_row = (
+                _are_scores(_scores_in(row))
+                and _are_notes(row["gradients"])
+                and isinstance(row["commit"] + row["torch"], str)
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             is_row = False
         if not is_row:
@@ -111,6 +116,13 @@ def _scores_in(row: dict[str, Any]) -> list[list[float]]:
 def _are_scores(scores: list[list[float]]) -> bool:
     classes = len(scores[0])
     return all(len(iou) == classes and all(0 <= one <= 1 or math.isnan(one) for one in iou) for iou in scores)
+
+
+def _are_notes(gradients: dict[str, Notes]) -> bool:
+    numbers = [
+        number for note in gradients.values() for numbers in (note["stages"], *note.values()) for number in numbers
+    ]
+    return bool(numbers) and all(math.isfinite(number) for number in numbers)
 
 
 def add_row(row: dict[str, Any], path: Path) -> None:

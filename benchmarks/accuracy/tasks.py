@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ class Task(NamedTuple):
     """A data set, a network that takes a block, and how it is trained."""
 
     network: Callable[[MakeBlock], nn.Module]
+    parts: Callable[[nn.Module], tuple[nn.Sequential, nn.Module]]
+    """The backbone of such a network, stage by stage, and the block."""
     data: Callable[[Path | None, str], Dataset]
     """Takes CamVid's folder, and train, val or test."""
     size: tuple[int, int]
@@ -123,6 +126,7 @@ FULL_SIZE_RATES = (0.01, 0.02, 0.04, 0.08)
 TASKS: dict[str, Task] = {
     "digits": Task(
         ShortSightedNet,
+        attrgetter("features", "block"),
         digit_scenes,
         (SIZE, SIZE),
         (SIZE, SIZE),
@@ -134,6 +138,7 @@ TASKS: dict[str, Task] = {
     # The last stages of MobileNetV2 would take most of the time at this size.
     "mobilenet": Task(
         partial(mobilenet, stages=14, dilated_from=7),
+        attrgetter("backbone", "emau"),
         partial(streets, size=STREET_SIZE),
         STREET_SIZE,
         STREET_CROP,
@@ -145,6 +150,7 @@ TASKS: dict[str, Task] = {
     # 40 epochs. The learning rate is that of the small streets until those of FULL_SIZE_RATES have been tried.
     "camvid-full": Task(
         partial(mobilenet, stages=19, dilated_from=14),
+        attrgetter("backbone", "emau"),
         partial(streets, size=FULL_SIZE),
         FULL_SIZE,
         FULL_SIZE,

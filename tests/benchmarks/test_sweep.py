@@ -112,6 +112,10 @@ def edited(change: Callable[[dict[str, Any]], object], *made: Any) -> str:
                 lambda row: row.update(task=[]),
                 lambda row: row.pop("commit"),
                 lambda row: row.update(torch=2.15),
+                lambda row: row.pop("gradients"),
+                lambda row: row.update(gradients={}),
+                lambda row: row["gradients"]["4"].pop("stages"),
+                lambda row: row["gradients"]["4"].update(stages=[float("nan")]),
             )
         ),
         (edited(lambda row: row.pop("test_by_stages"), "mobilenet", "T = 1", 0, 0.5), "must have a row of a run in"),
@@ -182,7 +186,9 @@ def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypat
     monkeypatch.setattr(sweep, "evaluate", look)
     monkeypatch.setattr(runs, "evaluate", look)
     recipe = Recipe(steps=8, batch=2, lr=0.3, evaluate_every=2)
-    tiny = Task(network, data, (64, 64), (64, 64), normalisation, recipe, TRAINED, seeds=8)
+    tiny = Task(
+        network, lambda net: (net[:1], net[1]), data, (64, 64), (64, 64), normalisation, recipe, TRAINED, seeds=8
+    )
     monkeypatch.setitem(TASKS, "digits", tiny)
     folder = tmp_path / "run"
     made = sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
@@ -191,6 +197,7 @@ def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypat
     assert run_of(made).lr == made["recipe"]["lr"] == 0.15
     assert load_checkpoint(folder / "last.pt")["recipe"]["lr"] == 0.15
     assert json.loads(json.dumps(made))["val"].keys() == {"2", "4", "6", "8"}
+    assert made["gradients"].keys() == {1, 2, 4, 8}
     scores = {step: mean_iou(iou) for step, iou in made["val"].items()}
     assert made["best_step"] == max(scores, key=scores.get)
     model = network(TRAINED[BETTER_START])

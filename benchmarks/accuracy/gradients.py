@@ -1,0 +1,83 @@
+"""What reaches the backbone while a network is trained: norms of gradients, noted at every step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ema_attention import EMAUnit
+
+Notes = dict[str, list[float]]
+"""Of one step. ``stages``: the norm of the gradient in each stage of the backbone.
+
+Of an EMAUnit also ``branch``: the norm of the gradient that its attention gives x, over that of what the sum with x
+gives; and ``gain``: the root mean square of the weight of its last norm, which starts at ``layer_scale``.
+"""
+
+
+@contextmanager
+def noted(backbone: Iterable[nn.Module], block: nn.Module, path: Path, step: int) -> Iterator[None]:
+    """While the context is open, each step of an optimizer adds a line to a file.
+
+    Args:
+        backbone: its stages, which are in front of the block.
+        block: of the network that is trained.
+        path: of the file. Its lines after ``step`` are of steps that will be taken again, and go.
+        step: how many have been taken already.
+    """
+    now: Notes = {}
+
+    def note_branch(unit: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        (x,) = inputs
+        if not x.requires_grad:
+            return
+        through_sum: list[Tensor] = []
+        y.register_hook(lambda grad: through_sum.append(grad * (y.detach() > 0)))  # of the last ReLU
+
+        def note(grad: Tensor) -> None:
+            (direct,) = through_sum
+            now["branch"] = [((grad - direct).norm() / direct.norm()).item()]
+
+        x.register_hook(note)
+
+    def note_step(*_: object) -> None:
+        now["stages"] = [
+            get_total_norm([p.grad for p in stage.parameters() if p.grad is not None]).item() for stage in backbone
+        ]
+        if isinstance(block, EMAUnit):
+            weight = block.conv2[1].weight
+            now["gain"] = [weight.detach().square().mean().sqrt().item()]
+        file.write(json.dumps(now) + "\n")
+
+    before = path.read_text().splitlines()[:step] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in before))
+    handles = [register_optimizer_step_pre_hook(note_step)]
+    if isinstance(block, EMAUnit):
+        handles.append(block.register_forward_hook(note_branch))
+    with path.open("a", buffering=1) as file:
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def means_of(path: Path) -> dict[int, Notes]:
+    """The means of what :func:`noted` has written over steps 1, 2 to 3, 4 to 7 and so on, by the first of each."""
+    notes = [json.loads(line) for line in path.read_text().splitlines()]
+    means = {}
+    first = 1
+    while first <= len(notes):
+        part = notes[first - 1 : 2 * first - 1]
+        columns = {name: torch.tensor([note[name] for note in part]).mean(0).tolist() for name in part[0]}
+        means[first] = {name: [float(f"{value:.4g}") for value in values] for name, values in columns.items()}
+        first *= 2
+    return means
