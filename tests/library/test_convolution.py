@@ -60,6 +60,17 @@ def test_product_equals_convolution(laid_out: Tensor, has_bias: bool, monkeypatc
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_convolution_is_what_it_says(laid_out: Tensor, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_forms, "has_amx", lambda: False)
+    weight = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64) if has_bias else None
+    y, wanted = convolve(weight, laid_out, bias), expected(weight, laid_out, bias)
+    torch.testing.assert_close(y, wanted)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(convolve_backward(weight, laid_out, grad), torch.autograd.grad(wanted, weight, grad)[0])
+
+
 @pytest.mark.usefixtures("by_product")
 def test_product_maps_over_weights_and_samples(x: Tensor) -> None:
     weights, bias = torch.randn(4, 8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)

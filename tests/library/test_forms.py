@@ -243,8 +243,13 @@ def test_a_traced_unit_takes_the_plain_path(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["all", "last"])
-def test_one_product_equals_autograd_through_the_loop(gradient: str) -> None:
-    x = torch.randn(2, 8, 30, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_product_equals_autograd_through_the_loop(
+    gradient: str, channels_last: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_forms, "SAVES_MEMORY_FROM", 30)
+    x = torch.randn(2, 8, 30, dtype=torch.float64)
+    x = (x.mT.contiguous().mT if channels_last else x).requires_grad_()
     mu = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=0).requires_grad_(gradient == "all")
     weight = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -255,8 +260,10 @@ def test_one_product_equals_autograd_through_the_loop(gradient: str) -> None:
             out, bases, z = em_attention(x, mu, 3, gradient=gradient, weight=weight, bias=bias)
         loss = out.square().sum() + bases.pow(3).sum() + z.exp().sum()
         results.append((out, bases, z, *torch.autograd.grad(loss, inputs)))
+    assert calls == ["run_with_one_product"]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+    assert results[0][3].stride() == x.stride()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

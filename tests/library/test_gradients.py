@@ -1,6 +1,7 @@
 """The three gradient modes, against autograd through plain formulas, finite differences, and each other."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,9 +10,19 @@ from hypothesis import given
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from ema_attention import em_attention
+from ema_attention import _forms, em_attention, functional
 from tests.plain import em_attention as plain
 from tests.problems import Problem, problems
+
+
+@pytest.fixture(autouse=True, scope="module", params=["autograd", "one product"])
+def _form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How the gradient of x is computed: at any size by autograd through the stages, or at any size by one product."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "autograd":
+            patch.setattr(functional, "run_with_one_product", None)
+        patch.setattr(_forms, "SAVES_MEMORY_FROM", 0 if request.param == "one product" else 10**9)
+        yield
 
 
 def gradients(function, problem: Problem, **options: object) -> list[Tensor]:
