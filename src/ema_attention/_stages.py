@@ -79,7 +79,6 @@ def _backward(
     for t in reversed(range(0, len(history), 3)):
         _, z, sums = history[t : t + 3]
         before = history[t - 3] if t else mu
-        z = z.to(mu.dtype)
         # M-step: mu = normalise(direction, before), direction = projection · sums, sums = [x; 1] z
         direction = sums[:, : mu.shape[1]] if projection is None else projection @ sums
         grad_direction, grad_before = pull_back(normalise, (direction, before), _add(grad_mu, grads[t]))
