@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_attention import EMAUnit, _forms, _residual, em_attention, functional, plain_form
+from ema_attention import EMAUnit, _blocks, _forms, _residual, em_attention, functional, plain_form
+from ema_attention._blocks import by_blocks
 from tests.units import formula, trained_like
 
 
@@ -244,10 +245,7 @@ def test_a_traced_unit_takes_the_plain_path(calls: list[str]) -> None:
 
 @pytest.mark.parametrize("gradient", ["all", "last"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_one_product_equals_autograd_through_the_loop(
-    gradient: str, channels_last: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_forms, "SAVES_MEMORY_FROM", 30)
+def test_one_product_equals_autograd_through_the_loop(gradient: str, channels_last: bool, calls: list[str]) -> None:
     x = torch.randn(2, 8, 30, dtype=torch.float64)
     x = (x.mT.contiguous().mT if channels_last else x).requires_grad_()
     mu = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=0).requires_grad_(gradient == "all")
@@ -324,6 +322,31 @@ def test_other_norms_keep_what_does_not_depend_on_the_norm(norm_layer, calls: li
     with torch.no_grad():
         torch.testing.assert_close(unit(x), formula(unit, x))
     assert calls[1] == ("inference_tail" if norm_layer is nn.SyncBatchNorm else "reconstruct_conv")
+
+
+def test_positions_are_taken_in_blocks_that_stay_in_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocks, "_BYTES", 2**19)
+    sizes = []
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        sizes.append(a.shape[-1])
+        return a * b.sum(-2, keepdim=True)
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return by_blocks(function, a, b, result=lambda: torch.empty_like(a))
+
+    a, b = torch.randn(2, 500, 1000), torch.randn(2, 3, 1000)
+    expected = a * b.sum(1, keepdim=True)
+    torch.testing.assert_close(run(a, b), expected)
+    assert sizes == [256, 256, 256, 232]  # the largest multiple of 64 positions that has no more bytes
+    sizes.clear()
+    run(a[..., :256], b[..., :256])
+    run(torch.randn(2, 4096, 100), b[..., :100])  # 64 positions are more than that
+    assert sizes == [256, 64, 36]
+    sizes.clear()
+    torch.testing.assert_close(torch.vmap(run, (0, None))(a[None], b)[0], expected)
+    run(a.to("meta"), b.to("meta"))
+    assert sizes == [1000, 1000]
 
 
 def test_an_ensemble_by_vmap() -> None:
