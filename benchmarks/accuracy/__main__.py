@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.accuracy.gradient_plots import plot_gradients, plot_small_classes
 from benchmarks.accuracy.network_costs import measure_networks
 from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages, plot_starts
 from benchmarks.accuracy.score_tables import (
@@ -87,6 +88,16 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             lines += [f"### Start and gradient: {SCORES[task]}", "", *start_table(rows, task), ""]
             lines += [f"![score against γ for each gradient]({task}-starts.png)", ""]
             pictures[f"{task}-starts.png"] = plot_starts(rows, task)
+            lines += [
+                "### What reaches the backbone",
+                "",
+                f"![gradients by step and by stage]({task}-gradients.png)",
+                "",
+            ]
+            pictures[f"{task}-gradients.png"] = plot_gradients(rows, task)
+            if task != "digits":
+                lines += [f"![IoU of small classes by step]({task}-small.png)", ""]
+                pictures[f"{task}-small.png"] = plot_small_classes(rows, task)
     if any(runs_of(rows, task, block, share=0.5) for task in TWO_RATES for block in LEADING):
         lines += ["## Half the learning rate", "", *half_rate_table(rows), ""]
     bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])

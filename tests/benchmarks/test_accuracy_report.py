@@ -10,8 +10,9 @@ import pytest
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.score_tables import readme_table
 from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, read_rows
-from benchmarks.accuracy.tasks import EVALUATED_STAGES, STAGES, TASKS
+from benchmarks.accuracy.tasks import BETTER_START, EVALUATED_STAGES, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
+from examples.emanet.data import CAMVID_NAMES
 from tests.benchmarks import made_up_rows
 from tests.benchmarks.made_up_rows import COSTS, row
 
@@ -25,7 +26,8 @@ def test_a_row_is_the_mean_and_the_deviation_over_seeds_beside_the_cost() -> Non
     )
     assert "| EMAUnit, last, γ 0.1 | 70.0 ± 15.8 | 60.0 ± 10.0 | – |" in text
     curves = {f"{task}.png" for task in TASKS}
-    assert pictures.keys() == curves | {"digits-starts.png", "mobilenet-starts.png", "bases.png", "stages.png"}
+    starts = {f"{task}-{kind}.png" for task in TWO_RATES for kind in ("starts", "gradients")}
+    assert pictures.keys() == curves | starts | {"mobilenet-small.png", "bases.png", "stages.png"}
     heat = pictures["stages.png"].axes[0].images[0].get_array()
     assert heat.shape == (len(STAGES), len(EVALUATED_STAGES))
     assert text.count("the same recipe; seeds: 0, 1, 2.") == 2
@@ -39,7 +41,7 @@ def test_what_has_not_run_yet_is_said_or_left_out() -> None:
     assert "| Hamburger | 50.0 | 25.0 | 50.0 | 1 |" in text
     assert "| Hamburger | 50.0 (1 seed) |" in text
     assert "| Non-local | – |" in text
-    assert pictures.keys() == {"digits.png", "digits-starts.png"}
+    assert pictures.keys() == {"digits.png", "digits-starts.png", "digits-gradients.png"}
     assert "CamVid" not in text.partition("## Every block")[2]
     assert "Half the learning rate" not in text
 
@@ -67,6 +69,25 @@ def test_start_and_gradient_are_a_table_and_a_line_for_each_gradient() -> None:
     assert bar.tolist() == pytest.approx([32 - 1.5811, 32 + 1.5811], abs=1e-3)
     level = next(line for line in ax.lines if line.get_label() == "no block")
     assert list(level.get_ydata()) == pytest.approx([30.5, 30.5])
+
+
+def test_gradients_and_small_classes_are_lines_over_the_steps() -> None:
+    rows = [row("mobilenet", BETTER_START, seed, 0.2 + seed / 5) for seed in range(2)]  # 0.2 and 0.4
+    rows[0]["gradients"]["4"]["branch"] = [0.0]
+    rows[1]["gradients"]["4"]["branch"] = [0.0]  # not on a logarithmic axis
+    for made in rows:
+        made["val"]["10"][CAMVID_NAMES.index("pedestrian")] += 0.1
+    _, pictures = accuracy.report(rows, COSTS)
+    ratio, norm, by_stage = pictures["mobilenet-gradients.png"].axes
+    assert [list(line) for line in zip(*ratio.lines[0].get_data(), strict=True)] == [
+        [step, pytest.approx(0.15)] for step in (1, 2, 8, 16)
+    ]
+    assert list(norm.lines[0].get_xdata()) == [1, 2, 4, 8, 16]
+    assert list(norm.lines[0].get_ydata()) == pytest.approx([0.3 * 5**0.5] * 5)
+    assert [list(line) for line in by_stage.lines[0].get_data()] == [[1, 2], pytest.approx([0.3, 0.6])]
+    sign, pedestrian, _ = pictures["mobilenet-small.png"].axes
+    assert list(sign.lines[0].get_ydata()) == pytest.approx([30, 30])
+    assert list(pedestrian.lines[0].get_ydata()) == pytest.approx([40, 30])
 
 
 def test_rows_at_another_learning_rate_stand_in_tables_of_their_own() -> None:

@@ -1,0 +1,96 @@
+"""Plots of what the start γ does to the gradient that reaches the backbone, and to what is learned."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.scores import runs_of
+from benchmarks.accuracy.sweep_runs import Rows
+from benchmarks.blocks import GAMMAS, PUBLISHED, unit_name
+from examples.emanet.data import CAMVID_NAMES
+
+EARLY = 64
+"""The steps of the plot by stage are those before this one."""
+SMALL = ("sign", "pedestrian", "cyclist")
+"""Classes of few pixels a frame."""
+STYLES: dict[str, dict[str, Any]] = {
+    "no block": {"color": "#8C8C8C", "linestyle": ":", "marker": "s"},
+    PUBLISHED: {"color": "#000000", "linestyle": "--", "marker": "D"},
+    **{
+        unit_name("all", gamma): {"color": matplotlib.colormaps["viridis"](i / len(GAMMAS)), "marker": "o^vP>"[i]}
+        for i, gamma in enumerate(GAMMAS)
+    },
+}
+"""How each block is drawn. γ goes from dark to light, which every eye tells apart."""
+
+
+def plot_gradients(rows: Rows, task: str) -> Figure:
+    """The gradient in the backbone and in front of the unit, in a training: three plots.
+
+    The gradient that reaches x through the attention over that through the sum with x, by step; the norm of the
+    backbone's gradient by step; and by stage of the backbone in the first steps. The mean over the seeds.
+    """
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    ratio, norm, by_stage = figure.subplots(1, 3)
+    for block, style in STYLES.items():
+        notes = [run["gradients"] for run in runs_of(rows, task, block)]
+        if not notes:
+            continue
+        steps = list(notes[0])
+        line = {"label": block, "markersize": 4, "linewidth": 1.5, **style}
+        if block not in ("no block", PUBLISHED):
+            values = [statistics.mean(note[step]["branch"][0] for note in notes) for step in steps]
+            ratio.plot(*_positive(list(map(int, steps)), values), **line)
+        totals = [statistics.mean(math.hypot(*note[step]["stages"]) for note in notes) for step in steps]
+        norm.plot(list(map(int, steps)), totals, **line)
+        stages = [_early([note[step]["stages"] for step in steps], steps) for note in notes]
+        by_stage.plot(range(1, len(stages[0]) + 1), list(map(statistics.mean, zip(*stages, strict=True))), **line)
+    ratio.axhline(1, color="#8C8C8C", linewidth=1)
+    ratio.set(xscale="log", yscale="log", xlabel="training step")
+    ratio.set_ylabel("gradient of x through the attention,\nover that through the sum")
+    norm.set(xscale="log", yscale="log", xlabel="training step", ylabel="norm of the backbone's gradient")
+    by_stage.set(yscale="log", xlabel="stage of the backbone", ylabel=f"norm of its gradient, steps 1 to {EARLY - 1}")
+    by_stage.xaxis.get_major_locator().set_params(integer=True)
+    _finish(figure, norm)
+    return figure
+
+
+def _positive(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """What a logarithmic axis can show."""
+    shown = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+    return [step for step, _ in shown], [value for _, value in shown]
+
+
+def _early(norms: Sequence[Sequence[float]], steps: Sequence[str]) -> list[float]:
+    """The mean norm of each stage over the first steps, from the means over 1, 2, 4, ... steps."""
+    weights = [int(step) for step in steps if int(step) < EARLY]
+    columns = zip(*norms[: len(weights)], strict=True)
+    return [sum(w * value for w, value in zip(weights, column, strict=True)) / sum(weights) for column in columns]
+
+
+def plot_small_classes(rows: Rows, task: str) -> Figure:
+    """IoU of small classes on the validation set by step, the mean over the seeds."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(SMALL), sharex=True), SMALL, strict=True):
+        index = CAMVID_NAMES.index(name)
+        for block, style in STYLES.items():
+            runs = runs_of(rows, task, block)
+            if runs:
+                curve = {int(step): [100 * run["val"][step][index] for run in runs] for step in runs[0]["val"]}
+                ax.plot(list(curve), list(map(statistics.mean, curve.values())), label=block, **style)
+        ax.set(title=name, xlabel="training step", ylabel="IoU on val [%]")
+    _finish(figure, ax)
+    return figure
+
+
+def _finish(figure: Figure, labelled: Axes) -> None:
+    for ax in figure.axes:
+        ax.grid(alpha=0.3)
+    figure.legend(*labelled.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
