@@ -1,0 +1,31 @@
+"""By what a forward that is run again is recognised: a few sums over its input."""
+
+import pytest
+import torch
+
+from ema_attention._recomputation import _sample
+
+
+def test_no_two_channels_and_positions_count_alike() -> None:
+    samples = _sample(torch.eye(6 * 40).view(-1, 6, 40))
+    assert samples.shape == (240, 4, 4)
+    assert torch.pdist(samples.flatten(1)).min() > 1e-2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_counts_as_zero(value: float) -> None:
+    x = torch.randn(2, 6, 40)
+    x[1, 3, 7] = 0
+    expected = _sample(x)
+    x[1, 3, 7] = value
+    assert torch.equal(_sample(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sums_are_of_one_precision_and_keep_no_graph(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 6, 40).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = _sample(x)
+    assert sample.dtype == torch.float32
+    assert not sample.requires_grad
+    torch.testing.assert_close(sample, _sample(x.detach().float()))
