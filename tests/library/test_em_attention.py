@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_attention import em_attention
+from ema_attention._steps import Problem as EMProblem
+from ema_attention.functional import expectation_maximization
 from tests.oracle import em_attention as oracle_em_attention
 from tests.oracle import objective
 from tests.problems import UNIT_NORM_TOLERANCE, Problem, problems
@@ -146,6 +148,19 @@ def test_folded_projection_equals_the_formed_one(problem: Problem) -> None:
     plain = em_attention(formed, p.mu, p.stages, scale=p.scale, mask=p.mask)
     for one, other in zip(folded, plain, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gradient", ["none", "last", "all"])
+def test_sums_of_every_stage_are_completed_with_those_held_elsewhere(gradient: str) -> None:
+    x, mu = torch.randn(2, 6, 40, dtype=torch.float64), F.normalize(torch.randn(1, 6, 3, dtype=torch.float64), dim=1)
+    elsewhere = torch.randn(2, 7, 3, dtype=torch.float64)  # of the features, and in the last row of the maps
+    problem = EMProblem(x, None, None, 1.0)
+    found, z = expectation_maximization(problem, mu, 3, gradient, reduce=lambda sums: sums + elsewhere)
+    for _ in range(3):
+        expected_z = (x.mT @ mu).softmax(-1)
+        mu = F.normalize(x @ expected_z + elsewhere[:, :-1], dim=1)
+    torch.testing.assert_close(found, mu)
+    torch.testing.assert_close(z, expected_z)
 
 
 def test_bases_that_nothing_moves_keep_their_direction() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_attention import EMAUnit, _residual, em_attention, plain_form
 from ema_attention._stages import run_with_one_product
-from ema_attention._steps import Problem, maximization, prepare
+from ema_attention._steps import Problem, maximization, prepare, statistics, sum_over_positions
 from tests.plain import PublishedEMAU
 from tests.plain import em_attention as plain_em_attention
 
@@ -136,6 +136,25 @@ def test_gradient_of_the_norm_of_half_precision() -> None:
     problem = Problem(torch.empty(1, 5, 9, dtype=torch.bfloat16), None, None, 1.0)
     sums, mu = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 5, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda sums: maximization(problem, sums, mu), (sums,))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_the_wider_of_two_precisions_is_computed_in(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, mu = (t.to(dtype) for t, dtype in zip(clusters(2, 32, 8, 100, 1.0), dtypes, strict=True))
+    actual, expected = em_attention(x, mu, 3), em_attention(x.double(), mu.double(), 3)
+    assert [t.dtype for t in actual] == [dtypes[0], dtypes[1], dtypes[0]]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype))
+    exact = "z" if dtypes[0] == torch.float64 else "mu"  # out is of both
+    assert worst(getattr(actual, exact), getattr(expected, exact)) < 1e-12
+
+
+def test_sums_over_positions_are_kept_in_float32() -> None:
+    problem = Problem(torch.randn(2, 6, 5000).bfloat16(), None, None, 1.0)
+    z = torch.rand(2, 5000, 3).bfloat16()
+    sums = statistics(problem, z)
+    assert sums.dtype == sum_over_positions(problem, z).dtype == torch.float32
+    torch.testing.assert_close(sums[:, -1], z.float().sum(1))
 
 
 def test_float64_is_computed_in_float64() -> None:
