@@ -145,7 +145,7 @@ def maximization(problem: Problem, sums: Tensor, mu: Tensor) -> Tensor:
     return unit_norm(direction, fallback=mu, may_round=problem.x.dtype in HALF)
 
 
-def unit_norm(direction: Tensor, fallback: Tensor, may_round: bool = False) -> Tensor:
+def unit_norm(direction: Tensor, fallback: Tensor, may_round: bool) -> Tensor:
     """Each column of ``direction`` (..., C, K) to unit L2 norm; of ``fallback`` where it is zero or not finite.
 
     ``direction`` is overwritten where nothing is differentiated: a new tensor costs more than what is written to it.

@@ -264,7 +264,7 @@ class EMAUnit(nn.Module):
         old = self.mu.to(mu.dtype)
         is_synced = self.sync_bases and is_distributed()
         average = average_over_ranks(mu, z, self.process_group) if is_synced else average_over_batch(mu, z)
-        moved = unit_norm(torch.lerp(old, average, 1 - self.decay), fallback=old)
+        moved = unit_norm(torch.lerp(old, average, 1 - self.decay), fallback=old, may_round=False)
         self.mu.copy_(torch.where(average.isnan(), old, moved))
 
     def _without_gradient_of_conv1(self, y: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ema_attention import EMAUnit, _residual, em_attention, plain_form
+from ema_attention import EMAUnit, _forms, _residual, _steps, em_attention, plain_form
 from ema_attention._stages import run_with_one_product
-from ema_attention._steps import Problem, maximization, prepare, statistics, sum_over_positions
+from ema_attention._steps import Problem, expectation, maximization, prepare, statistics, sum_over_positions, unit_norm
 from tests.plain import PublishedEMAU
 from tests.plain import em_attention as plain_em_attention
 
@@ -130,6 +130,36 @@ def test_bases_of_half_precision_have_unit_norm_whatever_the_size_of_the_sums(si
     if size in (0.0, float("inf")) or size != size:
         expected[..., 1] = mu[..., 1]
     torch.testing.assert_close(maximization(problem, sums, mu), expected)
+
+
+def test_only_sums_of_half_precision_take_the_faster_norm() -> None:
+    sums, mu = torch.randn(4, 64, 16), F.normalize(torch.randn(1, 64, 16), dim=1)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Problem(torch.empty(4, 64, 9, dtype=dtype), None, None, 1.0)
+        found[dtype] = maximization(problem, sums.clone(), mu)
+        assert torch.equal(found[dtype], unit_norm(sums.clone(), mu, may_round=dtype == torch.bfloat16))
+    assert not torch.equal(*found.values())
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_products_that_give_float32_as_a_gpu_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_float32(*operands: Tensor) -> bool:
+        return all(operand.dtype == dtype for operand in operands)
+
+    def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    x, mu = (t.to(dtype) for t in clusters(2, 32, 8, 1000, 1.0))
+    weight, bias = torch.eye(32) + 0.1 * torch.randn(32, 32), 0.3 * torch.randn(32)
+    for module in (_forms, _steps):
+        monkeypatch.setattr(module, "multiplies_to_float32", gives_float32)
+    expected = em_attention(x.double(), mu.double(), 1, weight=weight.double(), bias=bias.double())
+    monkeypatch.setattr(torch, "bmm", bmm)
+    problem, start = prepare(x, mu, 1.0, None, weight, bias)
+    assert problem.x.dtype == expectation(problem, start).dtype == dtype
+    for actual, wanted in zip(em_attention(x, mu, 1, weight=weight, bias=bias), expected, strict=True):
+        assert typical(actual, wanted) <= 3e-3 * wanted.pow(2).mean().sqrt()
 
 
 def test_gradient_of_the_norm_of_half_precision() -> None:
