@@ -119,9 +119,9 @@ def test_unit_is_finite_for_large_values_and_many_positions(dtype: torch.dtype, 
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("size", [1e-30, 1e-21, 1e-3, 1.0, 1e30, 0.0, float("inf"), float("nan")])
 def test_bases_of_half_precision_have_unit_norm_whatever_the_size_of_the_sums(size: float) -> None:
-    """Squares of the first are 0 in float32, those of the fourth infinite; the last three have no direction."""
+    """Squares of 1e-30 are 0, of 1e-21 inexact, of 1e30 infinite in float32; the last three have no direction."""
     directions, mu = torch.randn(1, 16, 4), F.normalize(torch.randn(1, 16, 4), dim=1)
     sums = directions.clone()
     sums[..., 1] *= size
