@@ -209,9 +209,22 @@ def test_copies_and_pickles_in_the_middle_of_a_checkpoint() -> None:
 def test_copies_keep_what_is_tied() -> None:
     units = nn.ModuleList([EMAUnit(8, 4), EMAUnit(8, 4)])
     units[1].conv1, units[1].mu = units[0].conv1, units[0].mu
+    units[0].group = [units[0], units[1]]  # what is no module is copied, too
     first, second = copy.deepcopy(units)
     assert first.conv1 is second.conv1
     assert first.mu is second.mu
+    assert first.group[0] is first
+    assert first.group[1] is second
+
+
+def test_a_copy_is_of_the_same_process_group() -> None:
+    class Group:
+        def __reduce__(self) -> str:
+            raise TypeError("a group cannot be copied")
+
+    unit = EMAUnit(8, 4)
+    unit.process_group = Group()
+    assert copy.deepcopy(unit).process_group is unit.process_group
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,14 @@ def append_dropout(unit: EMAUnit) -> None:
     unit.conv2.append(nn.Dropout2d(0.5)).eval()
 
 
+def append_sigmoid(unit: EMAUnit) -> None:
+    unit.conv2.append(nn.Sigmoid())
+
+
+def empty(unit: EMAUnit) -> None:
+    unit.conv2 = nn.Sequential()
+
+
 def grouped_conv(unit: EMAUnit) -> None:
     unit.conv2[0] = nn.Conv2d(8, 8, 1, groups=2, bias=False)
 
@@ -148,6 +156,8 @@ def quantized_like_subclass(unit: EMAUnit) -> None:
         drop_bias,
         patch_forward,
         append_dropout,
+        append_sigmoid,
+        empty,
         grouped_conv,
         parametrize,
         quantized_like_subclass,
@@ -162,7 +172,19 @@ def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], c
         y = unit(x)
         assert "inference_tail" not in calls
         torch.testing.assert_close(y, formula(unit, x))
-    torch.testing.assert_close(unit(x), formula(unit, x))
+    gradients = []
+    for run in (unit, lambda x: formula(unit, x)):
+        leaf = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(run(leaf).square().sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_norm_of_another_precision_is_called_as_it_is(calls: list[str]) -> None:
+    unit, x = trained_like(EMAUnit(8, 4)).eval().bfloat16(), torch.randn(2, 8, 48, 48).bfloat16()
+    unit.conv2[1].float()
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x), formula(unit, x), rtol=3e-2, atol=3e-2)
+    assert not calls
 
 
 def test_a_convolution_of_several_positions_is_called_as_it_is() -> None:
@@ -233,6 +255,21 @@ def test_autocast_folds_the_norm_too(calls: list[str]) -> None:
         y = unit(x)
     assert calls == ["inference_tail"]
     torch.testing.assert_close(y, unit(x), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("positions", [50, 150])  # one block, and several
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_are_of_the_precision_that_operands_are_promoted_to(positions: int, channels_last: bool) -> None:
+    mu, z, weight = torch.randn(2, 5, 3).double(), torch.rand(2, positions, 3).double(), torch.randn(4, 5).double()
+    x = torch.randn(2, positions, 4).mT if channels_last else torch.randn(2, 4, positions)
+    y = _residual.reconstruct_conv(mu, z, weight, x)
+    torch.testing.assert_close(y, weight @ F.relu(mu @ z.mT))
+    tail = _residual.inference_tail(x, mu, z, weight, torch.ones(4, 1), False)
+    torch.testing.assert_close(tail, x + y + 1)
+    half = _residual.inference_tail(x, mu.bfloat16(), z.bfloat16(), weight, torch.ones(4, 1), False)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, tail.float(), rtol=3e-2, atol=1e-1)
+    assert y.stride() == tail.stride() == half.stride() == x.stride()
 
 
 def test_a_traced_unit_takes_the_plain_path(calls: list[str]) -> None:

@@ -47,6 +47,7 @@ def test_number_of_operations_of_a_forward_in_float32(
     with torch.set_grad_enabled(training), Operations() as operations:
         unit(x)
     assert 30 < sum(operations.counts.values()) <= most
+    assert operations.counts["lerp"] == training  # of the moving average, which a counter sees too
     assert operations.counts["add_"] == 1 + training  # the residual, in the norm's output; and the norm counts batches
 
 

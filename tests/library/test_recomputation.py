@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ema_attention._recomputation import _sample
+from ema_attention import _recomputation
+from ema_attention._recomputation import Starts, _sample
 
 
 def test_no_two_channels_and_positions_count_alike() -> None:
@@ -29,3 +30,21 @@ def test_sums_are_of_one_precision_and_keep_no_graph(dtype: torch.dtype) -> None
     assert sample.dtype == torch.float32
     assert not sample.requires_grad
     torch.testing.assert_close(sample, _sample(x.detach().float()))
+
+
+def test_an_input_is_found_again_if_it_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recomputation, "_checkpoint", lambda: None)
+    monkeypatch.setattr(_recomputation, "_is_in_reentrant_checkpoint", lambda: True)
+    starts, inputs, mus = Starts(), torch.randn(65, 2, 6, 40), torch.randn(65, 1, 6, 3)
+    assert starts.find(inputs[64]) is None
+    with torch.no_grad():
+        for x, mu in zip(inputs[:64], mus, strict=False):
+            starts.keep(x, mu)
+    found = starts.find(1.01 * inputs[7])
+    assert found is not None
+    assert torch.equal(found, mus[7])
+    assert starts.find(1.2 * inputs[64]) is None
+    with torch.no_grad():
+        starts.keep(inputs[64], mus[64])
+    with pytest.raises(RuntimeError, match="can run its latest 64 forwards again; got the input of none of them"):
+        starts.find(inputs[7])  # has run again, so it is the first to be forgotten
