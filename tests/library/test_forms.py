@@ -175,8 +175,9 @@ def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], c
     gradients = []
     for run in (unit, lambda x: formula(unit, x)):
         leaf = x.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(run(leaf).square().sum(), leaf)[0])
-    torch.testing.assert_close(*gradients)
+        gradients.append(torch.autograd.grad(run(leaf).square().sum(), [leaf, *unit.conv2.parameters()]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_norm_of_another_precision_is_called_as_it_is(calls: list[str]) -> None:
