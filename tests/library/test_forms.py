@@ -60,7 +60,7 @@ def test_used_where_they_may_be(calls: list[str]) -> None:
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2.5), (torch.float64, 2.5), (torch.bfloat16, 4.0)])
 @pytest.mark.parametrize("has_amx", [True, False])
-def test_conv1_is_folded_beyond_so_many_positions(
+def test_conv1_is_folded_beyond_its_limit(
     dtype: torch.dtype, share: float, has_amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_forms, "has_amx", lambda: has_amx)

@@ -51,6 +51,14 @@ def test_number_of_operations_of_a_forward_in_float32(
     assert operations.counts["add_"] == 1 + training  # the residual, in the norm's output; and the norm counts batches
 
 
+def test_autocast_takes_the_products_over_positions_with_it() -> None:
+    unit, x = EMAUnit(64, 16).eval(), torch.randn(2, 64, 48, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
+        unit(x)
+    maps = 2 * 48 * 48 * 16
+    assert {dtype for name, dtype, size in operations.results if "bmm" in name and size == maps} == {torch.bfloat16}
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.aten.bmm, "dtype"), reason="PyTorch 2.8 gives float32 out of half products")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_has_no_float32_over_positions_and_channels_on_a_gpu(dtype: torch.dtype) -> None:
