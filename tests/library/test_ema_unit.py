@@ -116,6 +116,7 @@ def test_published_names_and_shapes_load_strictly() -> None:
 def test_initialisation_as_published() -> None:
     unit = EMAUnit(256, 64, inner_channels=512)
     torch.testing.assert_close(unit.mu.norm(dim=1), torch.ones(1, 64))
+    assert unit.mu.mean(1).abs().max() < 0.01  # in every direction alike
     assert unit.conv1.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
     assert unit.conv2[0].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
     assert unit.conv2[0].bias is None
@@ -362,6 +363,11 @@ def test_other_norms_fit(norm_layer) -> None:
     [
         ({"channels": 0}, ValueError, "channels must be at least 1; got 0"),
         ({"channels": 8.0}, TypeError, "channels must be an int; got float"),
+        (
+            {"process_group": 3},
+            ValueError,
+            "process_group must be a process group with this rank in it, or None; got 3",
+        ),
         ({"num_bases": 0}, ValueError, "num_bases must be at least 1; got 0"),
         ({"inner_channels": 0}, ValueError, "inner_channels must be at least 1; got 0"),
         ({"stages": 0}, ValueError, "stages must be at least 1; got 0"),
@@ -389,8 +395,33 @@ def test_other_norms_fit(norm_layer) -> None:
     ],
 )
 def test_constructor_errors(arguments: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}"):
         EMAUnit(**{"channels": 8, "num_bases": 4, **arguments})
+
+
+def test_settings_are_attributes_and_in_the_repr() -> None:
+    settings = {
+        "num_bases": 4,
+        "stages": 2,
+        "inner_channels": 6,
+        "decay": 0.5,
+        "gradient": "last",
+        "scale": 2.0,
+        "layer_scale": 0.5,
+        "final_relu": False,
+        "channel_dim": -1,
+        "sync_bases": False,
+    }
+    unit = EMAUnit(8, **settings)
+    assert {name: getattr(unit, name) for name in settings} == settings
+    assert unit.extra_repr() == ", ".join(["8", *(f"{name}={value!r}" for name, value in settings.items())])
+    unit = EMAUnit(8)
+    assert (unit.inner_channels, unit.sync_bases, unit.process_group) == (8, True, None)
+
+
+def test_norm_is_of_the_dtype_and_device() -> None:
+    assert EMAUnit(8, 4, dtype=torch.float64).conv2[1].weight.dtype == torch.float64
+    assert EMAUnit(8, 4, device="meta").conv2[1].weight.device.type == "meta"
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 8), (2, 7, 4, 4), (2, 4, 4, 8)])

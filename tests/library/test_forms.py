@@ -180,6 +180,26 @@ def test_a_changed_conv2_is_called_as_it_is(change: Callable[[EMAUnit], None], c
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("wanted", ["x", "conv1.weight", "conv2.0.weight", "conv2.1.weight", "conv2.1.bias"])
+def test_one_gradient_alone_is_enough_to_be_differentiated(wanted: str, calls: list[str]) -> None:
+    unit = trained_like(EMAUnit(8, 4, gradient="all")).eval().double().requires_grad_(False)
+    x = torch.randn(2, 8, 48, 48, dtype=torch.float64)
+    leaf = {"x": x, **dict(unit.named_parameters())}[wanted].requires_grad_()
+    gradients = [torch.autograd.grad(y.square().sum(), leaf)[0] for y in (unit(x), formula(unit, x))]
+    torch.testing.assert_close(*gradients)
+    assert "inference_tail" not in calls
+    unit.gradient = "none"
+    unit.conv1.requires_grad_(False)
+    if wanted != "conv1.weight":
+        gradients = [torch.autograd.grad(y.square().sum(), leaf)[0] for y in (unit(x), formula(unit, x))]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("padding", "is_pointwise"), [(0, True), ("same", True), ("valid", True), (1, False)])
+def test_padding_that_adds_nothing_is_none(padding: int | str, is_pointwise: bool) -> None:
+    assert _forms.is_pointwise(nn.Conv2d(8, 8, 1, padding=padding)) == is_pointwise
+
+
 def test_a_norm_of_another_precision_is_called_as_it_is(calls: list[str]) -> None:
     unit, x = trained_like(EMAUnit(8, 4)).eval().bfloat16(), torch.randn(2, 8, 48, 48).bfloat16()
     unit.conv2[1].float()
