@@ -393,7 +393,7 @@ def test_positions_are_taken_in_blocks_that_stay_in_cache(monkeypatch: pytest.Mo
     def run(a: Tensor, b: Tensor) -> Tensor:
         return by_blocks(function, a, b, result=lambda: torch.empty_like(a))
 
-    a, b = torch.randn(2, 500, 1000), torch.randn(2, 3, 1000)
+    a, b = torch.randn(2, 512, 1000), torch.randn(2, 3, 1000)
     expected = a * b.sum(1, keepdim=True)
     torch.testing.assert_close(run(a, b), expected)
     assert sizes == [256, 256, 256, 232]  # the largest multiple of 64 positions that has no more bytes

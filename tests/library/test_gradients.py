@@ -97,7 +97,7 @@ def test_second_derivative_equals_that_of_the_plain_form() -> None:
 def test_gradient_reaches_the_old_bases_where_nothing_moves_them() -> None:
     mu = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     x = torch.zeros(1, 6, 4, dtype=torch.float64)
-    assert gradcheck(lambda mu: em_attention(x, mu, 2).mu, mu)
+    assert gradcheck(lambda mu: em_attention(x, mu, 3).mu, mu)
 
 
 def test_gradient_is_finite_where_a_basis_moves_nothing() -> None:
