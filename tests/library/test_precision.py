@@ -168,7 +168,9 @@ def test_gradient_of_the_norm_of_half_precision() -> None:
     assert torch.autograd.gradcheck(lambda sums: maximization(problem, sums, mu), (sums,))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float64)]
+)
 def test_the_wider_of_two_precisions_is_computed_in(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, mu = (t.to(dtype) for t, dtype in zip(clusters(2, 32, 8, 100, 1.0), dtypes, strict=True))
     actual, expected = em_attention(x, mu, 3), em_attention(x.double(), mu.double(), 3)
