@@ -32,7 +32,7 @@ from benchmarks.accuracy.score_tables import (
     task_table,
 )
 from benchmarks.accuracy.scores import like_for_like, origin, runs_of, seeds_of
-from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, read_rows
+from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, planned_runs, read_rows
 from benchmarks.accuracy.tasks import BASES, FIXED_BASES, LEADING, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED
 from benchmarks.plot_style import png
@@ -54,7 +54,7 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         f"standard deviation over seeds. {NAMES}",
         "",
         "`python -m benchmarks.accuracy.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
-        origin(rows),
+        f"{origin(rows)} {len(rows)} of the {len(planned_runs())} planned runs are done.",
         "",
         f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
         f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
@@ -90,6 +90,8 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             pictures[f"{task}-starts.png"] = plot_starts(rows, task)
             lines += [
                 "### What reaches the backbone",
+                "",
+                "A point is the mean from its step to the next point.",
                 "",
                 f"![gradients by step and by stage]({task}-gradients.png)",
                 "",

@@ -17,7 +17,7 @@ from benchmarks.blocks import GAMMAS, PUBLISHED, unit_name
 from examples.emanet.data import CAMVID_NAMES
 
 EARLY = 64
-"""The steps of the plot by stage are those before this one."""
+"""The plot by stage is of the steps before this one."""
 SMALL = ("sign", "pedestrian", "cyclist")
 """Classes of few pixels a frame."""
 STYLES: dict[str, dict[str, Any]] = {
@@ -32,10 +32,11 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def plot_gradients(rows: Rows, task: str) -> Figure:
-    """The gradient in the backbone and in front of the unit, in a training: three plots.
+    """Three plots, means over the seeds, of the gradient in the backbone and in front of the unit.
 
-    The gradient that reaches x through the attention over that through the sum with x, by step; the norm of the
-    backbone's gradient by step; and by stage of the backbone in the first steps. The mean over the seeds.
+    By step: the norm of the gradient that reaches x through the attention, divided by that of the one through the sum;
+    and the norm of the backbone's gradient, from the mean norms of its stages. By stage: that norm in the first steps.
+    A point is the mean from its step to the next point.
     """
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     ratio, norm, by_stage = figure.subplots(1, 3)
@@ -45,7 +46,7 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
             continue
         steps = list(notes[0])
         line = {"label": block, "markersize": 4, "linewidth": 1.5, **style}
-        if block not in ("no block", PUBLISHED):
+        if "branch" in notes[0][steps[0]]:
             values = [statistics.mean(note[step]["branch"][0] for note in notes) for step in steps]
             ratio.plot(*_positive(list(map(int, steps)), values), **line)
         totals = [statistics.mean(math.hypot(*note[step]["stages"]) for note in notes) for step in steps]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from ema_attention import EMAUnit
 Notes = dict[str, list[float]]
 """Of one step. ``stages``: the norm of the gradient in each stage of the backbone.
 
-Of an EMAUnit also ``branch``: the norm of the gradient that its attention gives x, over that of what the sum with x
-gives; and ``gain``: the root mean square of the weight of its last norm, which starts at ``layer_scale``.
+Of an EMAUnit also ``branch``: the norm of the gradient that reaches x through the attention, divided by that of the one
+through the sum with x.
 """
 
 
@@ -31,6 +31,9 @@ def noted(backbone: Iterable[nn.Module], block: nn.Module, path: Path, step: int
         block: of the network that is trained.
         path: of the file. Its lines after ``step`` are of steps that will be taken again, and go.
         step: how many have been taken already.
+
+    Raises:
+        ValueError: if the file has no line for each of these steps.
     """
     now: Notes = {}
 
@@ -39,35 +42,30 @@ def noted(backbone: Iterable[nn.Module], block: nn.Module, path: Path, step: int
         if not x.requires_grad:
             return
         through_sum: list[Tensor] = []
-        y.register_hook(lambda grad: through_sum.append(grad * (y.detach() > 0)))  # of the last ReLU
+        passes = y.detach() > 0  # the last ReLU. Not y itself: what a hook on y holds of y is never freed
 
         def note(grad: Tensor) -> None:
             (direct,) = through_sum
-            now["branch"] = [((grad - direct).norm() / direct.norm()).item()]
+            now["branch"] = [((grad - direct).norm() / direct.norm().clamp_min(torch.finfo(grad.dtype).tiny)).item()]
 
+        y.register_hook(lambda grad: through_sum.append(grad * passes))
         x.register_hook(note)
 
     def note_step(*_: object) -> None:
         now["stages"] = [
             get_total_norm([p.grad for p in stage.parameters() if p.grad is not None]).item() for stage in backbone
         ]
-        if isinstance(block, EMAUnit):
-            weight = block.conv2[1].weight
-            now["gain"] = [weight.detach().square().mean().sqrt().item()]
         file.write(json.dumps(now) + "\n")
+        now.clear()
 
     before = path.read_text().splitlines()[:step] if path.exists() else []
+    if len(before) < step:
+        raise ValueError(f"{path} must have a line for each of the {step} steps that were taken; got {len(before)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in before))
-    handles = [register_optimizer_step_pre_hook(note_step)]
-    if isinstance(block, EMAUnit):
-        handles.append(block.register_forward_hook(note_branch))
-    with path.open("a", buffering=1) as file:
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    watched = block.register_forward_hook(note_branch) if isinstance(block, EMAUnit) else nullcontext()
+    with path.open("a", buffering=1) as file, register_optimizer_step_pre_hook(note_step), watched:
+        yield
 
 
 def means_of(path: Path) -> dict[int, Notes]:

@@ -1,10 +1,10 @@
-"""What each gradient teaches the features on the digit scenes: what the key attends to, while the network is trained.
+"""What the key of a digit scene attends to while a network is trained, for three units.
 
 python -m benchmarks.accuracy.key_attention    key_attention.md and .png: six minutes on 2 cores
 
-EM attention gives every position a mean over all positions: from position n, position q gets the share
-Σ_k z_qk · z_nk / Σ_n z_nk. A network that has learned the task compares every digit with the key, so the shares between
-the key and the digits that equal it become large.
+But for the lengths of the bases, which EM sets to 1, EM attention gives position q a mean over all positions. In it
+position n has the weight Σ_k z_qk · z_nk / Σ_m z_mk. If the network has learned the task by attention, the digits that
+equal the key have large weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import BETTER_START, TASKS
 from benchmarks.blocks import PUBLISHED, TRAINED, MakeBlock, unit_name
-from benchmarks.environment import environment
+from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
 from benchmarks.reporting import markdown_table
 from ema_attention import collect_attention_maps
@@ -41,6 +41,7 @@ STEPS = (0, 200, 2_000)
 SCENES, SHOWN = 200, 3
 PLACES = ("the key's cell", "digits that equal it", "other digits", "background")
 BRIGHTEST = 6  # times the mean
+COMMIT = commit()  # of the code that this process has read; it may change while networks are trained
 
 
 def key_cells(images: Tensor) -> Tensor:
@@ -58,9 +59,12 @@ def places(images: Tensor, labels: Tensor, size: int) -> Tensor:
 
 
 def attention_of_key(is_key: Tensor, z: Tensor) -> Tensor:
-    """The mean share (B, H, W) that positions in is_key (B, H, W) get from each, times N, by maps z (B, K, H, W)."""
+    """The weight (B, H, W) of each position in what the positions in is_key (B, H, W) get, times N.
+
+    It is the mean over these positions, from maps z (B, K, H, W).
+    """
     weights = (z * is_key[:, None]).sum((2, 3)) / is_key.sum((1, 2))[:, None]  # (B, K): of each basis
-    shares = z / z.mean((2, 3), keepdim=True)
+    shares = z / z.mean((2, 3), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
     return torch.einsum("bk,bkhw->bhw", weights, shares)
 
 
@@ -111,7 +115,6 @@ def plot(images: Tensor, attention: dict[str, dict[int, Tensor]]) -> Figure:
 
 def report(means: dict[str, dict[int, list[float]]]) -> str:
     """The page: the mean attention on each of ``PLACES``."""
-    env = environment()
     cells = [
         [unit, f"{step:,}", *(f"{mean:.2f}" for mean in of_step)]
         for unit, of_unit in means.items()
@@ -120,12 +123,12 @@ def report(means: dict[str, dict[int, list[float]]]) -> str:
     lines = [
         "# What the key attends to",
         "",
-        "The digit scenes ask for the digits that equal the key. EM attention gives the key's cell a mean over all",
-        "positions. The table has the weight of a position in it, in units of the mean weight, for positions of four",
-        f"kinds: the mean over {SCENES} scenes of the test set. The network is trained as in the sweep, with seed 0.",
+        "The digit scenes ask for the digits that equal the key. But for the lengths of the bases, EM attention gives",
+        "the key's cell a mean over all positions. The table has the mean weight of a position in it, in units of the",
+        f"mean over all positions: of positions of four kinds, in {SCENES} scenes of the test set. The network is",
+        "trained as in the sweep, with seed 0.",
         "",
-        f"`python -m benchmarks.accuracy.key_attention`, {env['machine']}, PyTorch {env['torch']},",
-        f"commit {env['commit']}.",
+        f"`python -m benchmarks.accuracy.key_attention`, {machine()}, PyTorch {torch.__version__}, commit {COMMIT}.",
         "",
         *markdown_table(["unit", "step", *PLACES], cells),
         "",
@@ -147,13 +150,14 @@ def main(arguments: list[str] | None = None) -> None:
     for unit in tqdm(UNITS, "units"):
         attention[unit], means[unit] = {}, {}
         for step, z in maps_while_training(TRAINED[unit], images):
-            shown = places(images, labels, z.shape[-1])
-            attention[unit][step] = attention_of_key(shown == 0, z)
-            means[unit][step] = [attention[unit][step][shown == place].mean().item() for place in range(len(PLACES))]
+            kinds = places(images, labels, z.shape[-1])
+            attention[unit][step] = attention_of_key(kinds == 0, z)
+            means[unit][step] = [attention[unit][step][kinds == kind].mean().item() for kind in range(len(PLACES))]
     try:
-        for name, content in (("key_attention.png", png(plot(images, attention))), ("key_attention.md", report(means))):
+        files = {"key_attention.png": png(plot(images, attention)), "key_attention.md": report(means).encode()}
+        for name, content in files.items():
             with written_whole(args.output / name) as file:
-                file.write(content if isinstance(content, bytes) else content.encode())
+                file.write(content)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(args.output / "key_attention.md")

@@ -109,9 +109,10 @@ def class_table(rows: Rows, task: str) -> list[str]:
 
 
 def readme_table(rows: Rows) -> str:
-    """The score of the blocks that are compared, and the commands that make it."""
+    """The score of the blocks that are compared and have runs, and the commands that make it."""
     caption = (
         "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; percent on the test "
         f"set, mean ± standard deviation over seeds. {NAMES}"
     )
-    return "\n".join([caption, "", *score_table(rows, COMPARED), ""])
+    trained = [block for block in COMPARED if any(runs_of(rows, task, block) for task in TASKS)]
+    return "\n".join([caption, "", *score_table(rows, trained), ""])

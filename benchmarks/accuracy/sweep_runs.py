@@ -119,10 +119,8 @@ def _are_scores(scores: list[list[float]]) -> bool:
 
 
 def _are_notes(gradients: dict[str, Notes]) -> bool:
-    numbers = [
-        number for note in gradients.values() for numbers in (note["stages"], *note.values()) for number in numbers
-    ]
-    return bool(numbers) and all(math.isfinite(number) for number in numbers)
+    numbers = [number for note in gradients.values() for values in note.values() for number in values]
+    return bool(numbers) and all("stages" in note for note in gradients.values()) and all(map(math.isfinite, numbers))
 
 
 def add_row(row: dict[str, Any], path: Path) -> None:

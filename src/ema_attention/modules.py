@@ -202,8 +202,10 @@ class EMAUnit(nn.Module):
         if hasattr(norm, "reset_parameters"):
             norm.reset_parameters()
         if self.layer_scale != 1:
-            if not isinstance(getattr(norm, "weight", None), nn.Parameter):  # one that is computed cannot be set
-                raise ValueError(f"layer_scale needs a norm_layer with a weight; got {type(norm).__name__}")
+            if not isinstance(getattr(norm, "weight", None), nn.Parameter):
+                raise ValueError(
+                    f"layer_scale needs a norm_layer whose weight is a parameter; got {type(norm).__name__}"
+                )
             nn.init.constant_(norm.weight, self.layer_scale)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ def row(task: str, block: str, seed: int, score: float, share: float = 1) -> dic
         made["test_by_stages"] = {str(t): [score + t / 100] * classes for t in EVALUATED_STAGES}
     notes: dict[str, list[float]] = {"stages": [score, 2 * score]}
     if block.startswith("EMAUnit") or block in ABLATIONS:
-        notes |= {"branch": [score / 2], "gain": [score / 4]}
+        notes |= {"branch": [score / 2]}
     made["gradients"] = {str(step): dict(notes) for step in (1, 2, 4, 8, 16)}
     code = {"torch": "2.15", "commit": "0123456789"}
     return {**made, "test_unmarked": [score / 2] * classes, "recipe": recipe, **code}

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.score_tables import readme_table
-from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, read_rows
+from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, planned_runs, read_rows
 from benchmarks.accuracy.tasks import BETTER_START, EVALUATED_STAGES, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
 from examples.emanet.data import CAMVID_NAMES
@@ -40,6 +40,10 @@ def test_what_has_not_run_yet_is_said_or_left_out() -> None:
     text, pictures = accuracy.report(one, COSTS)
     assert "| Hamburger | 50.0 | 25.0 | 50.0 | 1 |" in text
     assert "| Hamburger | 50.0 (1 seed) |" in text
+    assert f"1 of the {len(planned_runs())} planned runs are done." in text
+    assert [line for line in readme_table(one).splitlines() if line.startswith("| ")][2:] == [
+        "| Hamburger | 50.0 (1 seed) |"
+    ]
     assert "| Non-local | – |" in text
     assert pictures.keys() == {"digits.png", "digits-starts.png", "digits-gradients.png"}
     assert "CamVid" not in text.partition("## Every block")[2]
@@ -76,6 +80,7 @@ def test_gradients_and_small_classes_are_lines_over_the_steps() -> None:
     rows[0]["gradients"]["4"]["branch"] = [0.0]
     rows[1]["gradients"]["4"]["branch"] = [0.0]  # not on a logarithmic axis
     for made in rows:
+        made["gradients"]["16"]["stages"] = [0.0, 0.0]
         made["val"]["10"][CAMVID_NAMES.index("pedestrian")] += 0.1
     _, pictures = accuracy.report(rows, COSTS)
     ratio, norm, by_stage = pictures["mobilenet-gradients.png"].axes
@@ -83,8 +88,11 @@ def test_gradients_and_small_classes_are_lines_over_the_steps() -> None:
         [step, pytest.approx(0.15)] for step in (1, 2, 8, 16)
     ]
     assert list(norm.lines[0].get_xdata()) == [1, 2, 4, 8, 16]
-    assert list(norm.lines[0].get_ydata()) == pytest.approx([0.3 * 5**0.5] * 5)
-    assert [list(line) for line in by_stage.lines[0].get_data()] == [[1, 2], pytest.approx([0.3, 0.6])]
+    assert list(norm.lines[0].get_ydata()) == pytest.approx([0.3 * 5**0.5] * 4 + [0])
+    assert [list(line) for line in by_stage.lines[0].get_data()] == [
+        [1, 2],
+        pytest.approx([0.3 * 15 / 31, 0.6 * 15 / 31]),
+    ]
     sign, pedestrian, _ = pictures["mobilenet-small.png"].axes
     assert list(sign.lines[0].get_ydata()) == pytest.approx([30, 30])
     assert list(pedestrian.lines[0].get_ydata()) == pytest.approx([40, 30])

@@ -18,16 +18,16 @@ def test_the_shares_are_those_that_em_attention_gives() -> None:
     x, mu = torch.randn(2, 6, 4, 5, dtype=torch.float64), F.normalize(torch.randn(6, 3, dtype=torch.float64), dim=0)
     is_key = torch.zeros(2, 4, 5, dtype=torch.bool)
     is_key[0, 1, 2] = is_key[1, 0, 0] = is_key[1, 3, 4] = True
-    z = em_attention(x, mu, 3).z
+    _, mu, z = em_attention(x, mu, 3)
     attention = attention_of_key(is_key, z)
     torch.testing.assert_close(attention.mean((1, 2)), torch.ones(2, dtype=torch.float64))
-    sums = x.flatten(2) @ z.flatten(2).mT / z.flatten(2).sum(2)[:, None]  # (B, C, K): the means that bases point to
-    rebuilt = (sums @ z.flatten(2)).view_as(x)
+    means = x.flatten(2) @ (z / z.sum((2, 3), keepdim=True)).flatten(2).mT  # (B, C, K), to which the bases point
+    rebuilt = ((mu * means.norm(dim=1, keepdim=True)) @ z.flatten(2)).view_as(x)
     for sample, (weights, key) in enumerate(zip(attention, is_key, strict=True)):
         torch.testing.assert_close((x[sample] * weights).mean((1, 2)), rebuilt[sample][:, key].mean(1))
 
 
-def test_every_position_is_in_one_place() -> None:
+def test_positions_are_told_apart_by_what_they_show() -> None:
     image, label = DigitScenes("test", 4)[3]
     (shown,) = places(image[None], label[None], 16)
     row, column = (shown == 0).nonzero().amin(0).tolist()

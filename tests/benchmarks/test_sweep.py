@@ -203,6 +203,8 @@ def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypat
     model = network(TRAINED[BETTER_START])
     model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
     assert made["test"] == evaluate(model, data(None, "test")).tolist()
+    again = sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
+    assert again["gradients"] == made["gradients"]  # of a run that was done, and had no row yet
 
 
 class Threads(ThreadPoolExecutor):

@@ -61,7 +61,9 @@ def test_product_equals_convolution(laid_out: Tensor, has_bias: bool, monkeypatc
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_convolution_is_what_it_says(laid_out: Tensor, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_amx_it_is_pytorchs_convolution(
+    laid_out: Tensor, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_forms, "has_amx", lambda: False)
     weight = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(8, dtype=torch.float64) if has_bias else None

@@ -116,7 +116,7 @@ def test_published_names_and_shapes_load_strictly() -> None:
 def test_initialisation_as_published() -> None:
     unit = EMAUnit(256, 64, inner_channels=512)
     torch.testing.assert_close(unit.mu.norm(dim=1), torch.ones(1, 64))
-    assert unit.mu.mean(1).abs().max() < 0.01  # in every direction alike
+    assert unit.mu.mean(1).abs().max() < 0.01  # drawn around 0
     assert unit.conv1.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
     assert unit.conv2[0].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
     assert unit.conv2[0].bias is None
@@ -210,15 +210,15 @@ def test_copies_and_pickles_in_the_middle_of_a_checkpoint() -> None:
 def test_copies_keep_what_is_tied() -> None:
     units = nn.ModuleList([EMAUnit(8, 4), EMAUnit(8, 4)])
     units[1].conv1, units[1].mu = units[0].conv1, units[0].mu
-    units[0].group = [units[0], units[1]]  # what is no module is copied, too
+    units[0].pair = [units[0], units[1]]  # a plain attribute that leads back to the unit
     first, second = copy.deepcopy(units)
     assert first.conv1 is second.conv1
     assert first.mu is second.mu
-    assert first.group[0] is first
-    assert first.group[1] is second
+    assert first.pair[0] is first
+    assert first.pair[1] is second
 
 
-def test_a_copy_is_of_the_same_process_group() -> None:
+def test_a_copy_belongs_to_the_same_process_group() -> None:
     class Group:
         def __reduce__(self) -> str:
             raise TypeError("a group cannot be copied")
@@ -385,12 +385,12 @@ def test_other_norms_fit(norm_layer) -> None:
         (
             {"layer_scale": 0, "norm_layer": nn.Identity},
             ValueError,
-            "layer_scale needs a norm_layer with a weight; got Identity",
+            "layer_scale needs a norm_layer whose weight is a parameter; got Identity",
         ),
         (
             {"layer_scale": 0, "norm_layer": lambda c: weight_norm(nn.BatchNorm2d(c), dim=None)},
             ValueError,
-            "layer_scale needs a norm_layer with a weight; got ParametrizedBatchNorm2d",
+            "layer_scale needs a norm_layer whose weight is a parameter; got ParametrizedBatchNorm2d",
         ),
     ],
 )

@@ -47,11 +47,13 @@ def test_number_of_operations_of_a_forward_in_float32(
     with torch.set_grad_enabled(training), Operations() as operations:
         unit(x)
     assert 30 < sum(operations.counts.values()) <= most
-    assert operations.counts["lerp"] == training  # of the moving average, which a counter sees too
+    assert (
+        operations.counts["lerp"] == training
+    )  # the moving average: hidden from selective checkpoints, not from a counter
     assert operations.counts["add_"] == 1 + training  # the residual, in the norm's output; and the norm counts batches
 
 
-def test_autocast_takes_the_products_over_positions_with_it() -> None:
+def test_autocast_reaches_the_products_over_positions() -> None:
     unit, x = EMAUnit(64, 16).eval(), torch.randn(2, 64, 48, 48)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
         unit(x)

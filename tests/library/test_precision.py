@@ -152,9 +152,9 @@ def test_products_that_give_float32_as_a_gpu_does(dtype: torch.dtype, monkeypatc
 
     x, mu = (t.to(dtype) for t in clusters(2, 32, 8, 1000, 1.0))
     weight, bias = torch.eye(32) + 0.1 * torch.randn(32, 32), 0.3 * torch.randn(32)
+    expected = em_attention(x.double(), mu.double(), 1, weight=weight.double(), bias=bias.double())
     for module in (_forms, _steps):
         monkeypatch.setattr(module, "multiplies_to_float32", gives_float32)
-    expected = em_attention(x.double(), mu.double(), 1, weight=weight.double(), bias=bias.double())
     monkeypatch.setattr(torch, "bmm", bmm)
     problem, start = prepare(x, mu, 1.0, None, weight, bias)
     assert problem.x.dtype == expectation(problem, start).dtype == dtype
@@ -171,7 +171,7 @@ def test_gradient_of_the_norm_of_half_precision() -> None:
 @pytest.mark.parametrize(
     "dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float64)]
 )
-def test_the_wider_of_two_precisions_is_computed_in(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_the_wider_of_two_precisions_is_used(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, mu = (t.to(dtype) for t, dtype in zip(clusters(2, 32, 8, 100, 1.0), dtypes, strict=True))
     actual, expected = em_attention(x, mu, 3), em_attention(x.double(), mu.double(), 3)
     assert [t.dtype for t in actual] == [dtypes[0], dtypes[1], dtypes[0]]
