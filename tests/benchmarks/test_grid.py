@@ -253,12 +253,12 @@ def test_only_grid_needs_results_of_this_machine(
 ) -> None:
     monkeypatch.setattr(report, "FULL", FULL._replace(grid=TINY))  # if it measured, it would not be for minutes
     other = {**old, "environment": {**old["environment"], "machine": "another"}}
+    report.write(other, tmp_path)
     for arguments, message in (
         (["--only", "grid", "--output", str(tmp_path / "nowhere")], "results.json"),
         (["--only", "grid", "--output", str(tmp_path)], f"must have results of {machine('cpu')}; got another"),
         (["--only", "grid", "--render", "results.json"], "--only measures and --render does not"),
     ):
-        report.write(other, tmp_path)
         with pytest.raises(SystemExit) as error:
             report.main([*arguments, "--device", "cpu"])
         assert error.value.code == 2
