@@ -95,7 +95,7 @@ report: $(INSTALLED)
 # Not with -q: that silences warnings, and --strict with them.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	$(BIN)/python -m pytest tests/docs
+	$(BIN)/python -m pytest tests/docs -m "slow or not slow"
 	@echo "The site is in site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 check: $(INSTALLED)

@@ -125,6 +125,7 @@ def test_docstrings_become_markdown() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """With mkdocs.yml's validation, which makes a link or an anchor that leads nowhere a warning."""
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
