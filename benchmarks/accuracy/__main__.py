@@ -54,7 +54,7 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         f"standard deviation over seeds. {NAMES}",
         "",
         "`python -m benchmarks.accuracy.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
-        f"{origin(rows)} {len(rows)} of the {len(planned_runs())} planned runs are done.",
+        f"{len(rows)} of the {len(planned_runs())} planned runs are done.",
         "",
         f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
         f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
@@ -66,7 +66,8 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         "",
     ]
     for task, title in TITLES.items():
-        if not any(row["task"] == task for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        if not of_task:
             continue
         recipe = asdict(TASKS[task].recipe)
         (height, width), (crop_height, crop_width) = TASKS[task].size, TASKS[task].crop
@@ -75,6 +76,7 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             f"## {title}",
             "",
             f"Images {width}×{height}, trained on {crop_width}×{crop_height}. Recipe: {recipe}.",
+            origin(of_task),
             "",
         ]
         lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
