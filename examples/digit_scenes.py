@@ -4,8 +4,8 @@ A scene holds eight real handwritten digits (scikit-learn's). One of them, the k
 pixels of the digits of the key's class. Which digit a pixel belongs to is seen near it; whether that is the key's class
 is seen only at the key.
 
-python -m examples.digit_scenes                 a network without EM attention, and with it: two minutes on 2 cores
-python -m examples.digit_scenes --block none    with the unit's published gradient
+python -m examples.digit_scenes    a network without the unit, and with it: two minutes on 2 cores
+python -m examples.digit_scenes --gradient none --layer-scale 1    with the unit as published
 """
 
 from __future__ import annotations
@@ -199,18 +199,12 @@ def _colour(labels: Tensor) -> Tensor:
     return torch.tensor(DigitScenes.colours, dtype=torch.uint8)[labels.cpu().long()]
 
 
-BLOCKS = {
-    "none": EMAUnit,
-    "last": partial(EMAUnit, gradient="last"),
-    "all": partial(EMAUnit, gradient="all"),
-}
-"""The choices of ``--block``: :class:`EMAUnit` with each value of its option ``gradient``.
-
-``benchmarks`` compares it with other blocks.
-"""
+def build(block: Callable[[int], nn.Module], seed: int) -> ShortSightedNet:
+    seed_everything(seed)
+    return ShortSightedNet(block)
 
 
-def learn(block: Callable[[int], nn.Module], args: argparse.Namespace, folder: Path) -> tuple[Tensor, float] | None:
+def learn(net: ShortSightedNet, args: argparse.Namespace, folder: Path) -> tuple[Tensor, float] | None:
     """Trains a network into a folder.
 
     Returns:
@@ -222,8 +216,6 @@ def learn(block: Callable[[int], nn.Module], args: argparse.Namespace, folder: P
     try:
         recipe = Recipe(args.steps, 16, lr=0.4, norm_momentum=0.1, seed=args.seed, evaluate_every=200)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        seed_everything(args.seed)
-        net = ShortSightedNet(block)
         history = fit(net, DigitScenes("train", 20_000), DigitScenes("val", 100), normalisation, recipe, folder, device)
         if args.steps not in history:
             return None
@@ -237,12 +229,14 @@ def learn(block: Callable[[int], nn.Module], args: argparse.Namespace, folder: P
 
 def compare(args: argparse.Namespace) -> None:
     """Trains the network with the unit and, in another process, without; and draws what both predict."""
+    unit = partial(EMAUnit, gradient=args.gradient, layer_scale=args.layer_scale)
+    without, with_unit = build(nn.Identity, args.seed), build(unit, args.seed)
     folder = next(run for i in count() if not (run := args.output / f"run-{i}").exists())
     print("two networks train at a time, one without the unit; the progress is that of the one with it")
     with ProcessPoolExecutor(1, get_context("spawn"), _be_silent) as other:
-        without = other.submit(learn, nn.Identity, args, folder / "without-the-unit")
-        learned = {"with the unit": learn(BLOCKS[args.block], args, folder / "with-the-unit")}
-        learned = {"without the unit": without.result()} | learned
+        learned_without = other.submit(learn, without, args, folder / "without-the-unit")
+        learned = {"with the unit": learn(with_unit, args, folder / "with-the-unit")}
+        learned = {"without the unit": learned_without.result()} | learned
     if None in learned.values():
         return
     predictions = {f"{name}:\nIoU {iou:.0%}": prediction for name, (prediction, iou) in learned.items()}
@@ -261,8 +255,9 @@ def _be_silent() -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--block", choices=BLOCKS, default="all", help="the gradient of the EMAUnit (default: %(default)s)"
+        "--gradient", choices=("none", "last", "all"), default="all", help="of the unit (default: %(default)s)"
     )
+    parser.add_argument("--layer-scale", type=float, default=0.25, help="of the unit (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of 16 scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/digit_scenes"), help="folder (default: %(default)s)")

@@ -36,6 +36,7 @@ class EMANet(nn.Module):
         num_bases: K of the unit.
         stages: T of the unit.
         gradient: of the unit.
+        layer_scale: of the unit.
         concat_input: one more 3×3 conv, BN, ReLU before the last convolution, on the features concatenated with
             the output of fc1, as in mmsegmentation.
     """
@@ -52,12 +53,13 @@ class EMANet(nn.Module):
         num_bases: int = 64,
         stages: int = 3,
         gradient: GradientMode = "none",
+        layer_scale: float = 1.0,
         concat_input: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.fc0 = ConvNormReLU(in_channels, channels)
-        self.emau = EMAUnit(channels, num_bases, stages, gradient=gradient)
+        self.emau = EMAUnit(channels, num_bases, stages, gradient=gradient, layer_scale=layer_scale)
         self.fc1 = nn.Sequential(ConvNormReLU(channels, 256), nn.Dropout2d(0.1))
         self.conv_cat = ConvNormReLU(in_channels + 256, 256) if concat_input else None
         self.fc2 = nn.Conv2d(256, num_classes, 1)
@@ -87,6 +89,7 @@ def emanet(
     num_bases: int = 64,
     stages: int = 3,
     gradient: GradientMode = "none",
+    layer_scale: float = 1.0,
     weights_backbone: WeightsEnum | str | None = None,
     stem_channels: int | None = None,
     multi_grid: tuple[int, ...] | None = None,
@@ -102,6 +105,7 @@ def emanet(
         num_bases: K of the unit.
         stages: T of the unit.
         gradient: of the unit.
+        layer_scale: of the unit.
         weights_backbone: of the backbone, as torchvision takes them: None for random ones, ``"DEFAULT"``
             for its best (a download), which have no deep stem.
         stem_channels: of a deep stem; None for torchvision's 7×7 convolution. See :func:`deepen_stem`.
@@ -122,7 +126,8 @@ def emanet(
     if stem_channels is not None:
         deepen_stem(resnet, stem_channels)
     features = resnet_features(resnet, output_stride, multi_grid)
-    return EMANet(features, resnet.fc.in_features, num_classes, channels, num_bases, stages, gradient, concat_input)
+    in_channels = resnet.fc.in_features
+    return EMANet(features, in_channels, num_classes, channels, num_bases, stages, gradient, layer_scale, concat_input)
 
 
 def deepen_stem(resnet: ResNet, channels: int) -> None:

@@ -53,7 +53,16 @@ def train(args: argparse.Namespace) -> None:
     recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
     network = {
         name: getattr(args, name)
-        for name in ("backbone", "output_stride", "stem_channels", "channels", "num_bases", "stages", "gradient")
+        for name in (
+            "backbone",
+            "output_stride",
+            "stem_channels",
+            "channels",
+            "num_bases",
+            "stages",
+            "gradient",
+            "layer_scale",
+        )
     }
     network["multi_grid"] = tuple(args.multi_grid) if args.multi_grid else None
     resumes = args.resume and (args.folder / "last.pt").exists()
@@ -99,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-bases", type=int, default=64, help="K (default: %(default)s)")
     parser.add_argument("--stages", type=int, default=3, help="T (default: %(default)s)")
     parser.add_argument("--gradient", choices=("none", "last", "all"), default="none", help="(default: %(default)s)")
+    parser.add_argument("--layer-scale", type=float, default=1.0, help="γ of the unit (default: %(default)s)")
     parser.add_argument(
         "--crop",
         type=int,

@@ -182,7 +182,7 @@ def test_the_example_trains_the_network_without_the_unit_and_with_it(tmp_path, c
     digit_scenes.main(["--steps", "2", "--output", str(tmp_path)])
     assert torch.get_num_threads() == threads
     assert [type(block) for block in blocks] == [nn.Identity, EMAUnit]
-    assert blocks[1].gradient == "all"
+    assert (blocks[1].gradient, blocks[1].layer_scale) == ("all", 0.25)
     said = capsys.readouterr().out
     assert "on 3 scenes with digits that no network has seen:" in said
     assert re.search(r"  without the unit +\d+\.\d%\n  with the unit +\d+\.\d%\n", said)
@@ -214,3 +214,10 @@ def test_mistakes_are_one_sentence(arguments, error, message):
 def test_an_index_beyond_the_scenes(index):
     with pytest.raises(IndexError, match=f"index must be from 0 to 4; got {index}"):
         DigitScenes("train", 5)[index]
+
+
+def test_a_wrong_setting_is_found_before_anything_is_trained(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        digit_scenes.main(["--layer-scale", "-1", "--output", str(tmp_path / "out")])
+    assert capsys.readouterr().err == "layer_scale must be finite and at least 0; got -1.0\n"
+    assert not (tmp_path / "out").exists()

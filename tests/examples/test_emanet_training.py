@@ -516,13 +516,15 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
 ) -> None:
     folder = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(folder), "--root", str(streets), "--steps", "2", *COMMAND]
+    settings = ["--gradient", "all", "--layer-scale", "0.25", "--steps", "2"]
+    arguments = [str(folder), "--root", str(streets), *settings, *COMMAND]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, "-m", "examples.emanet.train", *arguments], check=True, env=environment, timeout=120)
     assert load_checkpoint(folder / "last.pt")["step"] == 2
     model, _, names, _ = load_network(folder / "best.pt")
     assert names == CAMVID_NAMES
     assert model.backbone.conv1[6].out_channels == 64
+    assert (model.emau.gradient, model.emau.layer_scale) == ("all", 0.25)
     assert [block.conv2.dilation for block in model.backbone.layer4] == [(2, 2), (4, 4)]
     evaluate_command.main([str(folder / "best.pt"), "--data", "camvid", "--root", str(streets), "--split", "test"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
