@@ -17,12 +17,14 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.gradient_plots import plot_gradients, plot_small_classes
+from benchmarks.accuracy.gradients import EARLY
 from benchmarks.accuracy.network_costs import measure_networks
 from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages, plot_starts
 from benchmarks.accuracy.score_tables import (
     NAMES,
     SCORES,
     TITLES,
+    branch_table,
     class_table,
     full_size_rate_table,
     half_rate_table,
@@ -91,9 +93,14 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             lines += [f"![score against γ for each gradient]({task}-starts.png)", ""]
             pictures[f"{task}-starts.png"] = plot_starts(rows, task)
             lines += [
-                "### What reaches the backbone",
+                f"### What reaches the backbone: {SCORES[task]}",
                 "",
-                "A point is the mean from its step to the next point.",
+                "The norm of the gradient that reaches x through the attention, divided by that of the one through the",
+                f"sum with x; the mean of steps 1 to {EARLY - 1}:",
+                "",
+                *branch_table(rows, task),
+                "",
+                "Then by step, where a point is the mean from its step to the next point, and by stage.",
                 "",
                 f"![gradients by step and by stage]({task}-gradients.png)",
                 "",

@@ -11,13 +11,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.accuracy.gradients import EARLY, early
 from benchmarks.accuracy.scores import runs_of
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.blocks import GAMMAS, PUBLISHED, unit_name
 from examples.emanet.data import CAMVID_NAMES
 
-EARLY = 64
-"""The plot by stage is of the steps before this one."""
 SMALL = ("sign", "pedestrian", "cyclist")
 """Classes of few pixels a frame."""
 STYLES: dict[str, dict[str, Any]] = {
@@ -51,7 +50,7 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
             ratio.plot(*_positive(list(map(int, steps)), values), **line)
         totals = [statistics.mean(math.hypot(*note[step]["stages"]) for note in notes) for step in steps]
         norm.plot(list(map(int, steps)), totals, **line)
-        stages = [_early([note[step]["stages"] for step in steps], steps) for note in notes]
+        stages = [early(note, "stages") for note in notes]
         by_stage.plot(range(1, len(stages[0]) + 1), list(map(statistics.mean, zip(*stages, strict=True))), **line)
     ratio.axhline(1, color="#8C8C8C", linewidth=1)
     ratio.set(xscale="log", yscale="log", xlabel="training step")
@@ -67,13 +66,6 @@ def _positive(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int],
     """What a logarithmic axis can show."""
     shown = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
     return [step for step, _ in shown], [value for _, value in shown]
-
-
-def _early(norms: Sequence[Sequence[float]], steps: Sequence[str]) -> list[float]:
-    """The mean norm of each stage over the first steps, from the means over 1, 2, 4, ... steps."""
-    weights = [int(step) for step in steps if int(step) < EARLY]
-    columns = zip(*norms[: len(weights)], strict=True)
-    return [sum(w * value for w, value in zip(weights, column, strict=True)) / sum(weights) for column in columns]
 
 
 def plot_small_classes(rows: Rows, task: str) -> Figure:

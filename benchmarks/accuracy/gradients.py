@@ -21,6 +21,9 @@ Of an EMAUnit also ``branch``: the norm of the gradient that reaches x through t
 through the sum with x.
 """
 
+EARLY = 64
+"""The first steps are those before this one."""
+
 
 @contextmanager
 def noted(backbone: Iterable[nn.Module], block: nn.Module, path: Path, step: int) -> Iterator[None]:
@@ -79,3 +82,10 @@ def means_of(path: Path) -> dict[int, Notes]:
         means[first] = {name: [float(f"{value:.4g}") for value in values] for name, values in columns.items()}
         first *= 2
     return means
+
+
+def early(notes: dict[str, Notes], name: str) -> list[float]:
+    """The mean of what a row has noted under a name, over the first steps, from the means over 1, 2, 4, ... steps."""
+    weights = {step: int(step) for step in notes if int(step) < EARLY}
+    columns = zip(*([weight * value for value in notes[step][name]] for step, weight in weights.items()), strict=True)
+    return [sum(column) / sum(weights.values()) for column in columns]

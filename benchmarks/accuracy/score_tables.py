@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from benchmarks.accuracy.gradients import early
 from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
 from benchmarks.accuracy.sweep_runs import Rows, run_of
 from benchmarks.accuracy.tasks import COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
@@ -77,6 +79,20 @@ def start_table(rows: Rows, task: str) -> list[str]:
     return markdown_table(["gradient", *(f"γ {gamma:g}" for gamma in GAMMAS)], cells)
 
 
+def branch_table(rows: Rows, task: str) -> list[str]:
+    """For each gradient that passes through EM, and each γ: what reaches x through the attention in the first steps.
+
+    It is the norm of that gradient, divided by the norm of the gradient through the sum with x: the mean over the steps
+    and the seeds.
+    """
+    cells = []
+    for gradient in GRADIENTS[1:]:
+        runs = [runs_of(rows, task, unit_name(gradient, gamma)) for gamma in GAMMAS]
+        ratios = [[early(run["gradients"], "branch")[0] for run in found] for found in runs]
+        cells.append([f"`{gradient}`", *(f"{statistics.mean(ratio):.2f}" if ratio else "–" for ratio in ratios)])
+    return markdown_table(["gradient", *(f"γ {gamma:g}" for gamma in GAMMAS)], cells)
+
+
 def half_rate_table(rows: Rows) -> list[str]:
     """The scores of the leading blocks at the learning rate of each task, and at half of it."""
     columns = [(task, share) for task in TWO_RATES for share in (1, 0.5)]
@@ -100,7 +116,7 @@ def full_size_rate_table(rows: Rows) -> list[str]:
 def class_table(rows: Rows, task: str) -> list[str]:
     """The mean IoU of every class over the seeds."""
     cells = []
-    for block in COMPARED:
+    for block in TASKS[task].blocks:
         runs = runs_of(rows, task, block)
         if runs:
             means = 100 * torch.tensor([run["test"] for run in runs]).nanmean(0)
