@@ -1,7 +1,8 @@
 """The blocks that EMAUnit is compared with, each written from its paper, and ``BLOCKS``, the one list of them.
 
 x is (B, C, H, W) and N = H·W throughout. To add a block: a class here, its slow form in ``slow.py``, and
-a row in ``BLOCKS``. Every benchmark, test, table and plot is made from the rows.
+a row in ``BLOCKS``. Every test, and every benchmark of costs, is made from the rows. ``TRAINED`` is what ``accuracy``
+trains.
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ TRAINED: dict[str, MakeBlock] = {
         for gamma in GAMMAS
     },
 }
-"""The blocks of the list that ``accuracy`` trains, by their names in its rows.
+"""What ``accuracy`` puts in the place of a block, by the names in its rows.
 
 Non-local's last norm and DANet's gains start at 0, as in their papers; Hamburger's last norm starts at 1.
 """

@@ -34,7 +34,7 @@ def update_readme(readme: Path, markers: tuple[str, str], content: str) -> None:
         ValueError: if either marker is missing or there more than once, or if the file cannot be written.
     """
     begin, end = markers
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{readme} must have one line {begin} and, below it, one line {end}")
     before, _, rest = text.partition(begin)

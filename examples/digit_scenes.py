@@ -19,6 +19,7 @@ from functools import cache, partial
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import Conv2dNormActivation
 from torchvision.tv_tensors import Image, Mask
 
-from ema_attention import EMAUnit
+from ema_attention import EMAUnit, GradientMode
 from examples._common.evaluation import evaluate
 from examples._common.files import write_figure
 from examples._common.recipe import Recipe
@@ -255,7 +256,7 @@ def _be_silent() -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--gradient", choices=("none", "last", "all"), default="all", help="of the unit (default: %(default)s)"
+        "--gradient", choices=get_args(GradientMode), default="all", help="of the unit (default: %(default)s)"
     )
     parser.add_argument("--layer-scale", type=float, default=0.25, help="of the unit (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of 16 scenes (default: %(default)s)")

@@ -21,6 +21,7 @@ from benchmarks.accuracy.gradients import EARLY
 from benchmarks.accuracy.network_costs import measure_networks
 from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages, plot_starts
 from benchmarks.accuracy.score_tables import (
+    DATA,
     NAMES,
     SCORES,
     TITLES,
@@ -51,16 +52,17 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
     lines = [
         "# What each block adds",
         "",
-        "The same network with each block in the same place, trained end to end. A run is a seed: trained on the",
-        "training set, its checkpoint chosen on the validation set, reported on the test set. mIoU in percent, mean ±",
+        "The same network with each block in the same place, trained end to end. There is a run for each seed. Its",
+        "checkpoint is chosen on the validation set, and its score is that on the test set. mIoU in percent, mean ±",
         f"standard deviation over seeds. {NAMES}",
         "",
         "`python -m benchmarks.accuracy.sweep --root CAMVID` ([runs.jsonl](runs.jsonl): recipe, machine, commit).",
         f"{len(rows)} of the {len(planned_runs())} planned runs are done.",
         "",
         f"Costs: `python -m benchmarks.accuracy --measure`, {env['machine']}, {env['device']},",
-        f"threads {env['threads']}, PyTorch {env['torch']}; median [quartiles], the networks in turns. Forward: one",
-        "image, as in the evaluation. Training step: forward and backward of a batch, as in the recipe.",
+        f"threads {env['threads']}, PyTorch {env['torch']}, commit {env['commit']}; median [quartiles], the",
+        "networks in turns. Forward: one image, as in the evaluation. Training step: forward and backward of a batch,",
+        "as in the recipe.",
         "",
         "## Every block",
         "",
@@ -93,14 +95,15 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
             lines += [f"![score against γ for each gradient]({task}-starts.png)", ""]
             pictures[f"{task}-starts.png"] = plot_starts(rows, task)
             lines += [
-                f"### What reaches the backbone: {SCORES[task]}",
+                f"### What reaches the backbone: {DATA[task]}",
                 "",
                 "The norm of the gradient that reaches x through the attention, divided by that of the one through the",
                 f"sum with x; the mean of steps 1 to {EARLY - 1}:",
                 "",
                 *branch_table(rows, task),
                 "",
-                "Then by step, where a point is the mean from its step to the next point, and by stage.",
+                "This ratio and the norm of the backbone's gradient by step, and that norm by stage. A point is the",
+                "mean from its step to the next point.",
                 "",
                 f"![gradients by step and by stage]({task}-gradients.png)",
                 "",
@@ -141,9 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not costs.exists():
             raise ValueError(f"{costs} does not exist: --measure makes it")
         networks = json.loads(costs.read_text())
-        if networks["networks"].keys() != TASKS.keys():
-            expected, got = ", ".join(TASKS), ", ".join(networks["networks"])
-            raise ValueError(f"{costs} must have the costs of {expected}; got those of {got}: --measure makes it again")
+        for name, task in TASKS.items():
+            expected, got = task.compared(), networks.get("networks", {}).get(name, {}).get("blocks", {})
+            if got.keys() != set(expected):
+                raise ValueError(
+                    f"{costs} must have the costs of {', '.join(expected)} in {name}; got {', '.join(got) or 'none'}: "
+                    "--measure makes it again"
+                )
         text, pictures = report(rows, networks)
         files = {"report.md": text.encode()} | {name: png(figure) for name, figure in pictures.items()}
         for name, content in files.items():

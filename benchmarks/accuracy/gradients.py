@@ -13,16 +13,17 @@ from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ema_attention import EMAUnit
+from examples._common.files import written_whole
 
 Notes = dict[str, list[float]]
-"""Of one step. ``stages``: the norm of the gradient in each stage of the backbone.
+"""Of one step. ``stages``: the norm of the gradient of the parameters of each stage of the backbone.
 
 Of an EMAUnit also ``branch``: the norm of the gradient that reaches x through the attention, divided by that of the one
 through the sum with x.
 """
 
 EARLY = 64
-"""The first steps are those before this one."""
+"""The first steps are those before this one, a power of 2 as the windows of :func:`means_of` are."""
 
 
 @contextmanager
@@ -61,11 +62,14 @@ def noted(backbone: Iterable[nn.Module], block: nn.Module, path: Path, step: int
         file.write(json.dumps(now) + "\n")
         now.clear()
 
-    before = path.read_text().splitlines()[:step] if path.exists() else []
+    before = path.read_bytes().splitlines(keepends=True)[:step] if path.exists() else []
     if len(before) < step:
-        raise ValueError(f"{path} must have a line for each of the {step} steps that were taken; got {len(before)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in before))
+        raise ValueError(
+            f"{path} must have a line for each of the {step} steps that were taken; got {len(before)}: remove its "
+            "folder, and the run begins anew"
+        )
+    with written_whole(path) as whole:
+        whole.writelines(before)
     watched = block.register_forward_hook(note_branch) if isinstance(block, EMAUnit) else nullcontext()
     with path.open("a", buffering=1) as file, register_optimizer_step_pre_hook(note_step), watched:
         yield

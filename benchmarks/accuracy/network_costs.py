@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.accuracy.tasks import COMPARED, TASKS, Task
+from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.environment import environment
 from benchmarks.measure import interleaved, macs, parameters, summary
 from examples._common.recipe import PRECISIONS
@@ -22,8 +22,7 @@ def measure_networks(device: str, seconds: float = 40) -> dict[str, Any]:
     """
     results: dict[str, Any] = {"environment": environment(device), "networks": {}}
     for name, task in tqdm(TASKS.items(), "measuring", unit="task"):
-        blocks = [block for block in COMPARED if block in task.blocks]
-        networks = {block: task.network(task.blocks[block]).to(device) for block in blocks}
+        networks = {block: task.network(task.blocks[block]).to(device) for block in task.compared()}
         image = torch.randn(1, 3, *task.size, device=device).contiguous(memory_format=torch.channels_last)
         rows = {
             block: {"parameters": parameters(network), "macs": macs(network.eval(), image)}

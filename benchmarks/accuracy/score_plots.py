@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy.scores import count_seeds, deviation, percent, runs_of, scores_of
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import BASES, COMPARED, EVALUATED_STAGES, FIXED_BASES, STAGES, TASKS
-from benchmarks.blocks import GAMMAS, GRADIENTS, PUBLISHED, unit_name
+from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, PUBLISHED, unit_name
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 
@@ -93,7 +93,9 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
     means = [statistics.mean(values) for values in scores.values()]
     ax.plot(list(scores), means, color=UNIT_COLOUR, label="moving average")
     if fixed := runs.get(FIXED_BASES):
-        ax.plot([64] * len(fixed), scores_of(fixed), "X", color=COLOURS[1], label="fixed bases, K = 64")
+        ax.plot(
+            [NUM_BASES] * len(fixed), scores_of(fixed), "X", color=COLOURS[1], label=f"fixed bases, K = {NUM_BASES}"
+        )
     if nothing := runs.get("no block"):
         ax.axhline(statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block")
     ax.set(xscale="log", xticks=list(BASES), xticklabels=list(BASES), xlabel="bases K", ylabel="mIoU on test [%]")

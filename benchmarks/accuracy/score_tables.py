@@ -21,13 +21,9 @@ TITLES = {
     "mobilenet": "CamVid, MobileNetV2 with ImageNet's weights",
     "camvid-full": "CamVid at 480×360, the whole MobileNetV2",
 }
-SCORES = {
-    "digits": "digit scenes, IoU of the wanted digits",
-    "mobilenet": "CamVid, 240×180, mIoU",
-    "camvid-full": "CamVid, 480×360, mIoU",
-}
+DATA = {"digits": "digit scenes", "mobilenet": "CamVid, 240×180", "camvid-full": "CamVid, 480×360"}
+SCORES = {task: f"{data}, {'IoU of the wanted digits' if task == 'digits' else 'mIoU'}" for task, data in DATA.items()}
 """What a block is judged by in each task."""
-
 
 NAMES = (
     "The word behind EMAUnit is its `gradient`, and γ is its `layer_scale`: the weight that its last norm starts with. "

@@ -6,10 +6,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import BETTER_START, TASKS
+from examples._common.evaluation import mean_iou
 
 
 def runs_of(rows: Rows, task: str, block: str, share: float = 1) -> Rows:
@@ -24,7 +23,7 @@ def count_seeds(runs: Rows) -> str:
 
 def percent(iou: Sequence[float]) -> float:
     """The mean over the classes, in percent."""
-    return 100 * torch.tensor(iou).nanmean().item()
+    return 100 * mean_iou(iou)
 
 
 def scores_of(runs: Rows) -> list[float]:

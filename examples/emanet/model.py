@@ -49,6 +49,7 @@ class EMANet(nn.Module):
         backbone: nn.Module,
         in_channels: int,
         num_classes: int,
+        *,
         channels: int = 512,
         num_bases: int = 64,
         stages: int = 3,
@@ -84,6 +85,7 @@ class ConvNormReLU(nn.Sequential):
 def emanet(
     backbone: str = "resnet101",
     num_classes: int = 21,
+    *,
     output_stride: int = 8,
     channels: int = 512,
     num_bases: int = 64,
@@ -126,8 +128,17 @@ def emanet(
     if stem_channels is not None:
         deepen_stem(resnet, stem_channels)
     features = resnet_features(resnet, output_stride, multi_grid)
-    in_channels = resnet.fc.in_features
-    return EMANet(features, in_channels, num_classes, channels, num_bases, stages, gradient, layer_scale, concat_input)
+    return EMANet(
+        features,
+        resnet.fc.in_features,
+        num_classes,
+        channels=channels,
+        num_bases=num_bases,
+        stages=stages,
+        gradient=gradient,
+        layer_scale=layer_scale,
+        concat_input=concat_input,
+    )
 
 
 def deepen_stem(resnet: ResNet, channels: int) -> None:
@@ -135,6 +146,9 @@ def deepen_stem(resnet: ResNet, channels: int) -> None:
 
     The published backbone has 128 channels there, mmsegmentation's ResNetV1c 64. The names are those of timm's
     ResNets with a deep stem.
+
+    Raises:
+        ValueError: for channels that are odd, or that the first block cannot take.
     """
     block = resnet.layer1[0]
     if channels < 2 or channels % 2:
@@ -169,6 +183,9 @@ def resnet_features(resnet: ResNet, output_stride: int, multi_grid: tuple[int, .
     ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have. The multi-grid then multiplies the dilations
     of layer4's blocks: at output stride 8 those of ResNet-101 are 2, 4, 4, and a multi-grid 1, 2, 4 makes them
     2, 8, 16.
+
+    Raises:
+        ValueError: for another output stride, or a multi-grid that does not fit layer4.
     """
     if output_stride not in DILATED_STAGES:
         raise ValueError(f"output_stride must be one of {tuple(DILATED_STAGES)}; got {output_stride}")

@@ -1,4 +1,4 @@
-"""Trains EMANet, by default as published (Li et al., ICCV 2019, section 4.1), on one CPU, one GPU or many.
+"""Trains EMANet by the recipe of Li et al., ICCV 2019, section 4.1, or another, on one CPU, one GPU or many.
 
 python -m examples.emanet.train runs/camvid --data camvid --root CAMVID
 torchrun --nproc-per-node 4 -m examples.emanet.train runs/voc --data voc --root VOC --precision bfloat16
@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from ema_attention import GradientMode
 from examples._common.files import load_checkpoint
 from examples._common.processes import first_process_ahead, process_group
 from examples._common.recipe import PRECISIONS, Recipe
@@ -107,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, default=512, help="of the attention unit (default: %(default)s)")
     parser.add_argument("--num-bases", type=int, default=64, help="K (default: %(default)s)")
     parser.add_argument("--stages", type=int, default=3, help="T (default: %(default)s)")
-    parser.add_argument("--gradient", choices=("none", "last", "all"), default="none", help="(default: %(default)s)")
+    parser.add_argument(
+        "--gradient", choices=get_args(GradientMode), default="none", help="of the unit (default: %(default)s)"
+    )
     parser.add_argument("--layer-scale", type=float, default=1.0, help="γ of the unit (default: %(default)s)")
     parser.add_argument(
         "--crop",

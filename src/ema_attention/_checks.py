@@ -121,7 +121,7 @@ def check_group(name: str, group: object) -> None:
 
 
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:
-    """Raises for an input that an ``EMAUnit`` of so many channels, there, with parameters of ``dtype`` cannot take."""
+    """Raises for an input that a unit for ``channels`` in ``channel_dim``, with parameters of ``dtype``, refuses."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
     dims = x.dim()

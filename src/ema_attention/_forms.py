@@ -38,9 +38,10 @@ from ema_attention._torch import (
 
 HALF = (torch.bfloat16, torch.float16)
 
-# Times the positions from which folding takes fewer multiply-accumulates. The first is measured with two threads of an
-# AMD EPYC, where a convolution does twice as much a second as a product. The second with two of an Intel Xeon: the
-# convolution gains from half precision, and the folded products do not, which are float32.
+# From 2TK positions on folding takes fewer multiply-accumulates; it begins at this many times as many. The first number
+# is measured with two threads of an AMD EPYC, where a convolution does twice as much a second as a product. The second
+# with two of an Intel Xeon: the convolution gains from half precision, and the folded products do not, which are
+# float32.
 FOLDS_FROM = 2.5
 FOLDS_FROM_IN_HALF = 4.0
 SAVES_MEMORY_FROM = 2048  # positions; below, what is saved is less than what it costs to save it

@@ -47,9 +47,8 @@ def move_dimension(x: Tensor, source: int, destination: int) -> Tensor:
     if source == destination:
         return x
     order = list(range(x.dim()))
-    source, destination = (
-        order.index(i % x.dim()) for i in (source, destination)
-    )  # PyTorch 2.6 traces an int as unknown
+    # By order.index, which gives a number that is known: PyTorch 2.6 traces an int that is an argument as unknown.
+    source, destination = (order.index(i % x.dim()) for i in (source, destination))
     order.insert(destination, order.pop(source))
     return x.permute(order)
 

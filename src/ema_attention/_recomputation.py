@@ -110,7 +110,7 @@ class Starts:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Sums (B, 4, 4) over all of x (B, C, N), with weights that repeat nowhere, so that no two inputs have the same."""
+    """Sums (B, 4, 4) over all of x (B, C, N), with weights that repeat nowhere: hardly two inputs have the same."""
     x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)  # of what is not finite a sum says nothing
     frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], device=x.device).sqrt()
     left, right = (torch.outer(torch.arange(n, device=x.device), frequencies).cos() for n in x.shape[1:])
@@ -121,7 +121,7 @@ def _sample(x: Tensor) -> Tensor:
 def _checkpoint() -> object | None:
     """The call of torch.utils.checkpoint in which the code runs, or runs again; None of a reentrant one.
 
-    What has a name of its own in neither case is the frame that the hooks of both share.
+    PyTorch has no name for it. Its hooks on saved tensors hold the call's frame in their closures.
     """
     for hook in saved_tensors_hooks():
         hook = inspect.unwrap(hook)

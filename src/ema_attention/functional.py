@@ -78,8 +78,8 @@ def em_attention(
         ``out`` and ``z`` and nowhere else.
 
     Raises:
-        TypeError: for a tensor that is not floating point, a mask that is not bool, a ``stages`` that
-            is not an int.
+        TypeError: for what is no tensor, or one that is not floating point, a mask that is not bool, a ``stages``
+            that is not an int, a ``scale`` that is no number.
         ValueError: for shapes or devices that do not fit each other, ``stages`` below 1, ``scale`` not
             positive and finite, an unknown ``gradient``.
 

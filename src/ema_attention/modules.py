@@ -168,7 +168,7 @@ class EMAUnit(nn.Module):
         )
         if device is not None or dtype is not None:
             self.conv2[1].to(device=device, dtype=dtype)
-        self.map_collectors: list[MapCollector] = []  # filled by _hand_out
+        self.map_collectors: list[MapCollector] = []  # of collect_attention_maps
         self._starts = Starts()
         self._is_compiled = False
         self.gradient = gradient
@@ -176,7 +176,7 @@ class EMAUnit(nn.Module):
 
     @property
     def gradient(self) -> GradientMode:
-        """What is differentiated: ``"all"``, ``"last"`` or ``"none"``; only without ``"none"`` is conv1 trained.
+        """What is differentiated: ``"all"``, ``"last"`` or ``"none"``; conv1 is trained unless it is ``"none"``.
 
         Raises:
             ValueError: for another.
@@ -190,7 +190,13 @@ class EMAUnit(nn.Module):
         self._gradient: GradientMode = gradient
 
     def reset_parameters(self) -> None:
-        """Draws the bases and the convolutions anew, as published: N(0, √(2/K)) then unit norm, N(0, √(2/C_out))."""
+        """Draws the bases and the convolutions anew, and resets the norm, whose weight becomes ``layer_scale``.
+
+        As published: N(0, √(2/K)), then unit norm, for the bases; N(0, √(2/C_out)) for the convolutions.
+
+        Raises:
+            ValueError: for a ``layer_scale`` other than 1, if the norm has no parameter that is its weight.
+        """
         with torch.no_grad():
             self.mu.normal_(0, math.sqrt(2 / self.num_bases))
             self.mu.copy_(F.normalize(self.mu, dim=1))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.accuracy.sweep_runs import Run, planned_runs
-from benchmarks.accuracy.tasks import ABLATIONS, COMPARED, EVALUATED_STAGES, TASKS
+from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, TASKS
 
 
 def row(task: str, block: str, seed: int, score: float, share: float = 1) -> dict[str, Any]:
@@ -35,8 +35,6 @@ TIMES = {
 }
 COST = {"parameters": 1_500_000, "macs": 2_000_000_000, **TIMES}
 COSTS = {
-    "environment": {"machine": "a machine", "device": "cpu", "threads": 2, "torch": "2.15"},
-    "networks": {
-        name: {"blocks": {block: COST for block in COMPARED if block in task.blocks}} for name, task in TASKS.items()
-    },
+    "environment": {"machine": "a machine", "device": "cpu", "threads": 2, "torch": "2.15", "commit": "9876543210"},
+    "networks": {name: {"blocks": dict.fromkeys(task.compared(), COST)} for name, task in TASKS.items()},
 }

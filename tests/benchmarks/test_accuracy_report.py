@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,10 +139,13 @@ def test_main_writes_the_report_and_the_readmes_table(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit) as error:
         accuracy.main(["--results", str(tmp_path / "nowhere")])
     assert error.value.code == 2
-    (tmp_path / "costs.json").write_text(json.dumps({"networks": {"digits": {}}}))
-    with pytest.raises(SystemExit):
-        accuracy.main(["--results", str(tmp_path)])
-    assert "got those of digits: --measure makes it again" in capsys.readouterr().err
+    old = copy.deepcopy(COSTS)
+    del old["networks"]["mobilenet"]["blocks"]["Hamburger"]
+    for costs, got in ((old, "no block, Non-local, DANet"), ({"networks": {"digits": {}}}, "none"), ({}, "none")):
+        (tmp_path / "costs.json").write_text(json.dumps(costs))
+        with pytest.raises(SystemExit):
+            accuracy.main(["--results", str(tmp_path)])
+        assert re.search(rf"in \w+; got {got}.*: --measure makes it again", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(not ROWS.exists(), reason="the sweep has no row yet")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +167,10 @@ def test_two_sweeps_do_not_share_a_results_file(
             assert error.value.code == 2
             assert capsys.readouterr().err == f"another process is writing {path}: one at a time\n"
         sweep.main(["--list", *command, str(results)])
+        assert capsys.readouterr().out.splitlines()[:2] == [
+            "done   digits/no block/0/lr 0.4",
+            "to do  digits/no block/1/lr 0.4",
+        ]
     sweep.main([*command, str(link)])
     assert ran == [9]
     add_row(row("digits", "no block", 1, 0.5), link)
@@ -203,8 +210,26 @@ def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypat
     model = network(TRAINED[BETTER_START])
     model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
     assert made["test"] == evaluate(model, data(None, "test")).tolist()
+    monkeypatch.setattr(sweep, "COMMIT", "another")
+    with pytest.raises(ValueError, match=r"last\.pt is of a run with commit = \w+.*; got commit = another"):
+        sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
+    monkeypatch.setattr(sweep, "COMMIT", made["commit"])
     again = sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
     assert again["gradients"] == made["gradients"]  # of a run that was done, and had no row yet
+
+
+def test_ctrl_c_is_heard_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(make_block: Any) -> nn.Module:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it was not heard")
+
+    monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(network=network))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the processes of the pool
+    try:
+        assert sweep.train_run(Run("digits", "no block", 0, 0.4), None, tmp_path, "cpu", 1) is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Threads(ThreadPoolExecutor):
@@ -241,6 +266,30 @@ def test_a_run_that_fails_or_is_interrupted_takes_no_other_with_it(
     assert "stopped; the same command goes on" in capsys.readouterr().out
     assert not results.exists()
     assert (folder / "digits" / "Hamburger" / "0" / "lr-0.4").is_dir()
+
+
+def test_a_process_that_is_killed_ends_the_sweep_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Threads):
+        def submit(self, train: Callable[..., Any], run: Run, *others: Any) -> Any:
+            if run.seed == 3:
+                raise BrokenProcessPool
+            return super().submit(train, run, *others)
+
+    def fake(run: Run, root: Path | None, folder: Path, *others: Any) -> dict[str, Any]:
+        folder.mkdir(parents=True)
+        return row(*run[:3], 0.5)
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(sweep, "train_run", fake)
+    command = ["--only", "digits/Hamburger", "--results", str(tmp_path / "runs.jsonl"), "--folder", str(tmp_path)]
+    with pytest.raises(SystemExit) as error:
+        sweep.main([*command, "--processes", "1"])
+    assert error.value.code == 2
+    message = "a process was killed, and 2 runs have not begun: the same command begins them\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert [r["seed"] for r in read_rows(tmp_path / "runs.jsonl")] == [0, 1, 2]
 
 
 @pytest.fixture
