@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.accuracy.gradients import EARLY, early
 from benchmarks.accuracy.scores import runs_of
@@ -58,6 +59,10 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
     norm.set(xscale="log", yscale="log", xlabel="training step", ylabel="norm of the backbone's gradient")
     by_stage.set(yscale="log", xlabel="stage of the backbone", ylabel=f"norm of its gradient, steps 1 to {EARLY - 1}")
     by_stage.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (ratio.xaxis, norm.xaxis, *(ax.yaxis for ax in figure.axes)):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.axis_name == "y" else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     _finish(figure, norm)
     return figure
 

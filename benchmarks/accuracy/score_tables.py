@@ -110,14 +110,14 @@ def full_size_rate_table(rows: Rows) -> list[str]:
 
 
 def class_table(rows: Rows, task: str) -> list[str]:
-    """The mean IoU of every class over the seeds."""
+    """The mean IoU of every class over the seeds, and how many these are."""
     cells = []
     for block in TASKS[task].blocks:
         runs = runs_of(rows, task, block)
         if runs:
             means = 100 * torch.tensor([run["test"] for run in runs]).nanmean(0)
-            cells.append([block, *(f"{value:.1f}" for value in means.tolist())])
-    return markdown_table(["block", *CAMVID_NAMES], cells)
+            cells.append([block, str(len(runs)), *(f"{value:.1f}" for value in means.tolist())])
+    return markdown_table(["block", "seeds", *CAMVID_NAMES], cells)
 
 
 def readme_table(rows: Rows) -> str:
