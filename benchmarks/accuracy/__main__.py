@@ -114,11 +114,11 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
                 pictures[f"{task}-small.png"] = plot_small_classes(rows, task)
     if any(runs_of(rows, task, block, share=0.5) for task in TWO_RATES for block in LEADING):
         lines += ["## Half the learning rate", "", *half_rate_table(rows), ""]
-    bases = like_for_like(rows, [*BASES.values(), FIXED_BASES, "no block"])
+    bases = like_for_like(rows, "mobilenet", [*BASES.values(), FIXED_BASES, "no block"])
     if sum(block in bases for block in BASES.values()) > 1:
         pictures["bases.png"] = plot_bases(bases)
         lines += ["## Bases and moving average", "", *seeds_of(bases), "", "![mIoU against K](bases.png)", ""]
-    stages = like_for_like(rows, STAGES.values())
+    stages = like_for_like(rows, "mobilenet", STAGES.values())
     if len(stages) > 1:
         pictures["stages.png"] = plot_stages(stages)
         lines += ["## EM stages in training and in evaluation", "", *seeds_of(stages), ""]

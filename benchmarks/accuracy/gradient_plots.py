@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.accuracy.gradients import EARLY, early
-from benchmarks.accuracy.scores import runs_of
+from benchmarks.accuracy.scores import like_for_like
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.blocks import GAMMAS, PUBLISHED, unit_name
 from examples.emanet.data import CAMVID_NAMES
@@ -32,7 +32,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def plot_gradients(rows: Rows, task: str) -> Figure:
-    """Three plots, means over the seeds, of the gradient in the backbone and in front of the unit.
+    """Three plots, means over the seeds that all blocks have, of the gradient in the backbone and in front of the unit.
 
     By step: the norm of the gradient that reaches x through the attention, divided by that of the one through the sum;
     and the norm of the backbone's gradient, from the mean norms of its stages. By stage: that norm in the first steps.
@@ -40,10 +40,10 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
     """
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     ratio, norm, by_stage = figure.subplots(1, 3)
-    for block, style in STYLES.items():
-        notes = [run["gradients"] for run in runs_of(rows, task, block)]
-        if not notes:
-            continue
+    runs = like_for_like(rows, task, STYLES)
+    for block, found in runs.items():
+        notes = [run["gradients"] for run in found]
+        style = STYLES[block]
         steps = list(notes[0])
         line = {"label": block, "markersize": 4, "linewidth": 1.5, **style}
         if "branch" in notes[0][steps[0]]:
@@ -63,7 +63,7 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.axis_name == "y" else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
-    _finish(figure, norm)
+    _finish(figure, runs, norm)
     return figure
 
 
@@ -74,21 +74,23 @@ def _positive(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int],
 
 
 def plot_small_classes(rows: Rows, task: str) -> Figure:
-    """IoU of small classes on the validation set by step, the mean over the seeds."""
+    """IoU of small classes on the validation set by step, the mean over the seeds that all blocks have."""
+    runs = like_for_like(rows, task, STYLES)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(SMALL), sharex=True), SMALL, strict=True):
         index = CAMVID_NAMES.index(name)
-        for block, style in STYLES.items():
-            runs = runs_of(rows, task, block)
-            if runs:
-                curve = {int(step): [100 * run["val"][step][index] for run in runs] for step in runs[0]["val"]}
-                ax.plot(list(curve), list(map(statistics.mean, curve.values())), label=block, **style)
+        for block, found in runs.items():
+            curve = {int(step): [100 * run["val"][step][index] for run in found] for step in found[0]["val"]}
+            ax.plot(list(curve), list(map(statistics.mean, curve.values())), label=block, **STYLES[block])
         ax.set(title=name, xlabel="training step", ylabel="IoU on val [%]")
-    _finish(figure, ax)
+    _finish(figure, runs, ax)
     return figure
 
 
-def _finish(figure: Figure, labelled: Axes) -> None:
+def _finish(figure: Figure, runs: dict[str, Rows], labelled: Axes) -> None:
+    """Says of which seeds the lines are, and of which blocks."""
+    seeds = sorted({run["seed"] for found in runs.values() for run in found})
+    figure.suptitle(f"seeds: {', '.join(map(str, seeds))}", fontsize="medium")
     for ax in figure.axes:
         ax.grid(alpha=0.3)
     figure.legend(*labelled.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

@@ -52,9 +52,9 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def like_for_like(rows: Rows, blocks: Iterable[str]) -> dict[str, Rows]:
-    """MobileNetV2's runs of every block that has any, and of the seeds that all of these blocks have."""
-    runs = {block: found for block in blocks if (found := runs_of(rows, "mobilenet", block))}
+def like_for_like(rows: Rows, task: str, blocks: Iterable[str]) -> dict[str, Rows]:
+    """The runs of every block that has any on a task, and of the seeds that all of these blocks have."""
+    runs = {block: found for block in blocks if (found := runs_of(rows, task, block))}
     seeds = set.intersection(*({run["seed"] for run in found} for found in runs.values())) if runs else set()
     return {block: [run for run in found if run["seed"] in seeds] for block, found in runs.items() if seeds}
 

@@ -84,21 +84,24 @@ def test_gradients_and_small_classes_are_lines_over_the_steps() -> None:
     for made in rows:
         made["gradients"]["16"]["stages"] = [0.0, 0.0]
         made["val"]["10"][CAMVID_NAMES.index("pedestrian")] += 0.1
+    lonely = row("mobilenet", BETTER_START, 2, 0.9)  # no block lacks its seed
+    rows += [row("mobilenet", "no block", seed, 0.1) for seed in range(2)] + [lonely]
     text, pictures = accuracy.report(rows, COSTS)
-    assert "| `last` | – | – | – | – | – |\n| `all` | – | – | 0.13 | – | – |" in text  # 0.15 · 27/31
+    assert pictures["mobilenet-small.png"].get_suptitle() == "seeds: 0, 1"
+    assert "| `last` | – | – | – | – | – |\n| `all` | – | – | 0.24 | – | – |" in text  # (0.3 · 27/31 + 0.45) / 3
     ratio, norm, by_stage = pictures["mobilenet-gradients.png"].axes
     assert [list(line) for line in zip(*ratio.lines[0].get_data(), strict=True)] == [
         [step, pytest.approx(0.15)] for step in (1, 2, 8, 16)
     ]
-    assert list(norm.lines[0].get_xdata()) == [1, 2, 4, 8, 16]
-    assert list(norm.lines[0].get_ydata()) == pytest.approx([0.3 * 5**0.5] * 4 + [0])
-    assert [list(line) for line in by_stage.lines[0].get_data()] == [
+    assert list(norm.lines[1].get_xdata()) == [1, 2, 4, 8, 16]
+    assert list(norm.lines[1].get_ydata()) == pytest.approx([0.3 * 5**0.5] * 4 + [0])
+    assert [list(line) for line in by_stage.lines[1].get_data()] == [
         [1, 2],
         pytest.approx([0.3 * 15 / 31, 0.6 * 15 / 31]),
     ]
     sign, pedestrian, _ = pictures["mobilenet-small.png"].axes
-    assert list(sign.lines[0].get_ydata()) == pytest.approx([30, 30])
-    assert list(pedestrian.lines[0].get_ydata()) == pytest.approx([40, 30])
+    assert list(sign.lines[1].get_ydata()) == pytest.approx([30, 30])
+    assert list(pedestrian.lines[1].get_ydata()) == pytest.approx([40, 30])
 
 
 def test_rows_at_another_learning_rate_stand_in_tables_of_their_own() -> None:
