@@ -73,7 +73,7 @@ def digit_scenes(root: Path | None, split: str) -> DigitScenes:
 FULL_SIZE, FULL_CROP = (360, 480), (240, 320)
 """Height and width of CamVid's pictures, and of what is cut out of them for training."""
 STREET_SIZE, STREET_CROP = (180, 240), (144, 192)
-"""Half of that, so that two CPU cores can train all blocks on them, and what is cut out of it."""
+"""Half of the pictures, so that two CPU cores can train all blocks on them, and what is cut out of these."""
 
 
 def streets(root: Path | None, split: str, size: tuple[int, int]) -> Dataset:
