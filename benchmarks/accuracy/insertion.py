@@ -1,0 +1,161 @@
+"""What the unit learns in a network that is trained already, for three of its starts.
+
+python -m benchmarks.accuracy.insertion    insertion.md and .png: three quarters of an hour on 2 cores
+
+The network of the digit scenes is trained without a block, as in the sweep. Then each block is put into its best
+checkpoint, and all of it is trained on: by the same recipe, and by one with a tenth of the learning rate. Ctrl-C stops
+after the current step, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.accuracy.gradient_plots import STYLES
+from benchmarks.accuracy.scores import count_seeds, spread
+from benchmarks.accuracy.sweep_runs import FOLDER
+from benchmarks.accuracy.tasks import BETTER_START, TASKS
+from benchmarks.blocks import PUBLISHED, TRAINED, unit_name
+from benchmarks.environment import commit, machine
+from benchmarks.plot_style import png
+from benchmarks.reporting import markdown_table
+from examples._common.evaluation import evaluate
+from examples._common.files import load_checkpoint, written_whole
+from examples._common.samples import seed_everything
+from examples._common.training import fit
+from examples.digit_scenes import ShortSightedNet
+
+TASK = TASKS["digits"]
+BEFORE = "before"
+INSERTED = ("no block", PUBLISHED, unit_name("all", 0), BETTER_START, unit_name("all", 1))
+SHARES = {1.0: "the same learning rate", 0.1: "a tenth of it"}
+SEEDS = 3
+CODE = {"torch": str(torch.__version__), "commit": commit()}  # of what this process has read; it may change meanwhile
+
+
+class Result(NamedTuple):
+    """Of a network that was trained: the IoU of the wanted digits, in percent."""
+
+    block: str
+    share: float
+    seed: int
+    test: float
+    val: dict[int, float]
+    """By step."""
+
+
+def results(folder: Path, seeds: int) -> Iterator[Result]:
+    """Trains what is not in the folder yet. After Ctrl-C it ends."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for seed in range(seeds):
+        seed_everything(seed)
+        net = ShortSightedNet(TRAINED["no block"])
+        before = train(net, BEFORE, 1.0, seed, folder / BEFORE / str(seed), device)
+        if before is None:
+            return
+        yield before
+        for share in SHARES:
+            for block in INSERTED:
+                seed_everything(seed)
+                inserted = copy.deepcopy(net)
+                inserted.block = TRAINED[block](inserted.channels)
+                path = folder / f"{block} {share}".replace(" ", "-") / str(seed)
+                result = train(inserted, block, share, seed, path, device)
+                if result is None:
+                    return
+                yield result
+
+
+def train(net: ShortSightedNet, block: str, share: float, seed: int, folder: Path, device: str) -> Result | None:
+    """Trains a network at a share of the learning rate, and loads its best checkpoint; None if it was interrupted."""
+    recipe = replace(TASK.recipe, seed=seed, lr=share * TASK.recipe.lr)
+    sets = {split: TASK.data(None, split) for split in ("train", "val", "test")}
+    history = fit(net, sets["train"], sets["val"], TASK.transform, recipe, folder, device, True, network=CODE)
+    if recipe.steps not in history:
+        return None
+    net.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
+    test = evaluate(net, sets["test"], device)[1].item()
+    return Result(block, share, seed, 100 * test, {step: 100 * iou[1] for step, iou in history.items()})
+
+
+def plot(found: list[Result]) -> Figure:
+    """The IoU of the wanted digits on the validation set after the insertion by step, the mean over the seeds."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, len(SHARES), sharey=True)
+    for ax, (share, name) in zip(axes, SHARES.items(), strict=True):
+        for block in INSERTED:
+            curves = [result.val for result in found if (result.block, result.share) == (block, share)]
+            means = {step: statistics.mean(curve[step] for curve in curves) for step in curves[0]}
+            ax.plot(list(means), list(means.values()), label=block, **STYLES[block])
+        ax.set(title=name, xlabel="training steps since the insertion")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("IoU of the wanted digits on val [%],\nmean over the seeds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def report(found: list[Result]) -> str:
+    """The page: the score of each block at each learning rate."""
+
+    def score(block: str, share: float) -> str:
+        return spread([result.test for result in found if (result.block, result.share) == (block, share)])
+
+    before: list[Any] = [result for result in found if result.block == BEFORE]
+    lines = [
+        "# Into a trained network",
+        "",
+        "The network of the digit scenes is trained without a block, as in the sweep. Then a block is put into its",
+        f"best checkpoint, and all of it is trained on for {TASK.recipe.steps:,} steps: by the same recipe, whose lr",
+        f"is {TASK.recipe.lr:g}, and by one with a tenth of it. IoU of the wanted digits on the test set, in percent:",
+        f"mean ± standard deviation over {count_seeds(before)}. Before the insertion it is {score(BEFORE, 1)}.",
+        "",
+        f"`python -m benchmarks.accuracy.insertion`, {machine()}, PyTorch {CODE['torch']}, commit {CODE['commit']}.",
+        "",
+        *markdown_table(
+            ["block", *SHARES.values()], [[block, *(score(block, share) for share in SHARES)] for block in INSERTED]
+        ),
+        "",
+        "![scores on the validation set by step](insertion.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.insertion", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out/insertion"), help="of checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    total = args.seeds * (1 + len(INSERTED) * len(SHARES))
+    try:
+        if args.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1; got {args.seeds}")
+        found = list(tqdm(results(args.folder, args.seeds), "networks", total))
+        if len(found) < total:
+            print(f"stopped; the same command goes on with the networks in {args.folder}")
+            return
+        for name, content in {"insertion.png": png(plot(found)), "insertion.md": report(found).encode()}.items():
+            with written_whole(args.output / name) as file:
+                file.write(content)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print(args.output / "insertion.md")
+
+
+if __name__ == "__main__":
+    main()
