@@ -25,6 +25,7 @@ from benchmarks.accuracy.score_tables import (
     NAMES,
     SCORES,
     TITLES,
+    ablation_table,
     branch_table,
     class_table,
     full_size_rate_table,
@@ -117,11 +118,12 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
     bases = like_for_like(rows, "mobilenet", [*BASES.values(), FIXED_BASES, "no block"])
     if sum(block in bases for block in BASES.values()) > 1:
         pictures["bases.png"] = plot_bases(bases)
-        lines += ["## Bases and moving average", "", *seeds_of(bases), "", "![mIoU against K](bases.png)", ""]
+        lines += ["## Bases and moving average", "", *seeds_of(bases), "", *ablation_table(bases), ""]
+        lines += ["![mIoU against K](bases.png)", ""]
     stages = like_for_like(rows, "mobilenet", STAGES.values())
     if len(stages) > 1:
         pictures["stages.png"] = plot_stages(stages)
-        lines += ["## EM stages in training and in evaluation", "", *seeds_of(stages), ""]
+        lines += ["## EM stages in training and in evaluation", "", *seeds_of(stages), "", *ablation_table(stages), ""]
         lines += ["![mIoU for each pair](stages.png)", ""]
     return "\n".join(lines), pictures
 

@@ -109,6 +109,11 @@ def full_size_rate_table(rows: Rows) -> list[str]:
     return markdown_table(["learning rate", "best mIoU on val"], cells)
 
 
+def ablation_table(runs: dict[str, Rows]) -> list[str]:
+    """The mIoU of the runs of each block: mean ± standard deviation over seeds."""
+    return markdown_table(["block", "mIoU"], [[block, spread(scores_of(found))] for block, found in runs.items()])
+
+
 def class_table(rows: Rows, task: str) -> list[str]:
     """The mean IoU of every class over the seeds, and how many these are."""
     cells = []

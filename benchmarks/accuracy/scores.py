@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import BETTER_START, TASKS
+from benchmarks.blocks import NUM_BASES, STAGES
 from examples._common.evaluation import mean_iou
 
 
@@ -60,6 +61,9 @@ def like_for_like(rows: Rows, task: str, blocks: Iterable[str]) -> dict[str, Row
 
 
 def seeds_of(runs: dict[str, Rows]) -> list[str]:
-    """A line: what an ablation was run on."""
+    """Two lines: what an ablation was run on."""
     seeds = sorted({run["seed"] for found in runs.values() for run in found})
-    return [f"{BETTER_START} on CamVid at 240×180, the same recipe; seeds: {', '.join(map(str, seeds))}."]
+    return [
+        f"{BETTER_START} (K = {NUM_BASES}, T = {STAGES}) on CamVid at 240×180, and one thing changed. The same recipe;",
+        f"seeds: {', '.join(map(str, seeds))}.",
+    ]

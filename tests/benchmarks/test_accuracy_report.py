@@ -12,7 +12,7 @@ import pytest
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.score_tables import readme_table
 from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, planned_runs, read_rows
-from benchmarks.accuracy.tasks import BETTER_START, EVALUATED_STAGES, STAGES, TASKS, TWO_RATES
+from benchmarks.accuracy.tasks import ABLATIONS, BETTER_START, EVALUATED_STAGES, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
 from examples.emanet.data import CAMVID_NAMES
 from tests.benchmarks import made_up_rows
@@ -32,7 +32,9 @@ def test_a_row_is_the_mean_and_the_deviation_over_seeds_beside_the_cost() -> Non
     assert pictures.keys() == curves | starts | {"mobilenet-small.png", "bases.png", "stages.png"}
     heat = pictures["stages.png"].axes[0].images[0].get_array()
     assert heat.shape == (len(STAGES), len(EVALUATED_STAGES))
-    assert text.count("the same recipe; seeds: 0, 1, 2.") == 2
+    assert text.count("The same recipe;\nseeds: 0, 1, 2.") == 2
+    for block in ABLATIONS:
+        assert f"| {block} | 40.0 ± 0.0 |" in text
     assert heat[2].tolist() == pytest.approx([60 + t for t in EVALUATED_STAGES])
     assert heat[0].tolist() == pytest.approx([40 + t for t in EVALUATED_STAGES])
 
