@@ -28,7 +28,7 @@ def insert_into_resnet(model: ResNet | VideoResNet) -> nn.Module:
 
     The stage ends with a ReLU, so the unit's own last ReLU changes nothing at the start.
     """
-    model.layer4.append(EMAUnit(model.fc.in_features, layer_scale=0))
+    model.layer4.append(EMAUnit(model.fc.in_features, gradient="all", layer_scale=0))
     return model
 
 
@@ -37,7 +37,7 @@ def insert_into_vision_transformer(model: VisionTransformer) -> nn.Module:
 
     After the last block it would have no effect: the classifier reads the class token alone.
     """
-    unit = EMAUnit(model.embed_dim, layer_scale=0, final_relu=False, channel_dim=-1)
+    unit = EMAUnit(model.embed_dim, gradient="all", layer_scale=0, final_relu=False, channel_dim=-1)
     blocks = list(model.blocks.named_children())
     blocks.insert(len(blocks) // 2, ("ema", PatchTokens(unit, model.num_prefix_tokens)))
     model.blocks = nn.Sequential(OrderedDict(blocks))  # by name: the other blocks keep their numbers
@@ -82,7 +82,7 @@ def m5(num_classes: int = 10) -> nn.Sequential:
 
 def insert_into_m5(model: nn.Sequential) -> nn.Module:
     """After the features. They end with a ReLU and a maximum, so they are not negative either."""
-    model.features.append(EMAUnit(model.fc.in_features, layer_scale=0))
+    model.features.append(EMAUnit(model.fc.in_features, gradient="all", layer_scale=0))
     return model
 
 
