@@ -1,28 +1,30 @@
-"""What the unit learns in a network that is trained already, for three of its starts.
+"""What the unit learns in a network that is trained already, as published and with three other starts.
 
-python -m benchmarks.accuracy.insertion    insertion.md and .png: three quarters of an hour on 2 cores
+python -m benchmarks.accuracy.insertion    insertion.md, .png and .json: three quarters of an hour on 2 cores
 
 The network of the digit scenes is trained without a block, as in the sweep. Then each block is put into its best
 checkpoint, and all of it is trained on: by the same recipe, and by one with a tenth of the learning rate. Ctrl-C stops
-after the current step, and the same command goes on from there.
+after the current step, and the same command goes on from there. Another commit or PyTorch needs another --folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.accuracy.gradient_plots import STYLES
-from benchmarks.accuracy.scores import count_seeds, spread
+from benchmarks.accuracy.scores import spread
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import BETTER_START, TASKS
 from benchmarks.blocks import PUBLISHED, TRAINED, unit_name
@@ -33,14 +35,15 @@ from examples._common.evaluation import evaluate
 from examples._common.files import load_checkpoint, written_whole
 from examples._common.samples import seed_everything
 from examples._common.training import fit
-from examples.digit_scenes import ShortSightedNet
+from examples.digit_scenes import DigitScenes, ShortSightedNet
 
 TASK = TASKS["digits"]
 BEFORE = "before"
 INSERTED = ("no block", PUBLISHED, unit_name("all", 0), BETTER_START, unit_name("all", 1))
-SHARES = {1.0: "the same learning rate", 0.1: "a tenth of it"}
+SHARES = {share: f"lr {share * TASK.recipe.lr:g}" for share in (1.0, 0.1)}
+"""What shares of the first training's learning rate are called."""
 SEEDS = 3
-CODE = {"torch": str(torch.__version__), "commit": commit()}  # of what this process has read; it may change meanwhile
+CODE = {"torch": str(torch.__version__), "commit": commit()}  # of the code that this process has read
 
 
 class Result(NamedTuple):
@@ -48,14 +51,19 @@ class Result(NamedTuple):
 
     block: str
     share: float
+    """Of the first training's learning rate."""
     seed: int
     test: float
+    unmarked: float
+    """On the test set without marks on the keys, where a network can only guess."""
+    gamma: float | None
+    """The largest weight of the unit's last norm, without its sign."""
     val: dict[int, float]
-    """By step."""
+    """By step; 0 is before the training."""
 
 
 def results(folder: Path, seeds: int) -> Iterator[Result]:
-    """Trains what is not in the folder yet. After Ctrl-C it ends."""
+    """Trains what is not in the folder yet. After Ctrl-C it ends, without the network that was in training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for seed in range(seeds):
         seed_everything(seed)
@@ -80,12 +88,16 @@ def train(net: ShortSightedNet, block: str, share: float, seed: int, folder: Pat
     """Trains a network at a share of the learning rate, and loads its best checkpoint; None if it was interrupted."""
     recipe = replace(TASK.recipe, seed=seed, lr=share * TASK.recipe.lr)
     sets = {split: TASK.data(None, split) for split in ("train", "val", "test")}
+    before = evaluate(net.to(device), sets["val"], device).tolist()
     history = fit(net, sets["train"], sets["val"], TASK.transform, recipe, folder, device, True, network=CODE)
     if recipe.steps not in history:
         return None
     net.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
-    test = evaluate(net, sets["test"], device)[1].item()
-    return Result(block, share, seed, 100 * test, {step: 100 * iou[1] for step, iou in history.items()})
+    unmarked = DigitScenes("test", len(sets["test"]), is_marked=False)
+    test, guessed = (100 * evaluate(net, scenes, device)[1].item() for scenes in (sets["test"], unmarked))
+    gamma = None if isinstance(net.block, nn.Identity) else net.block.conv2[1].weight.abs().max().item()
+    val = {step: 100 * iou[1] for step, iou in ({0: before} | history).items()}
+    return Result(block, share, seed, test, guessed, gamma, val)
 
 
 def plot(found: list[Result]) -> Figure:
@@ -97,7 +109,7 @@ def plot(found: list[Result]) -> Figure:
             curves = [result.val for result in found if (result.block, result.share) == (block, share)]
             means = {step: statistics.mean(curve[step] for curve in curves) for step in curves[0]}
             ax.plot(list(means), list(means.values()), label=block, **STYLES[block])
-        ax.set(title=name, xlabel="training steps since the insertion")
+        ax.set(title=f"trained on with {name}", xlabel="training steps since the insertion")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("IoU of the wanted digits on val [%],\nmean over the seeds")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -105,30 +117,37 @@ def plot(found: list[Result]) -> Figure:
 
 
 def report(found: list[Result]) -> str:
-    """The page: the score of each block at each learning rate."""
+    """The page: what each block scores at each learning rate."""
 
-    def score(block: str, share: float) -> str:
-        return spread([result.test for result in found if (result.block, result.share) == (block, share)])
+    def cells(block: str, share: float) -> list[str]:
+        runs = [result for result in found if (result.block, result.share) == (block, share)]
+        gammas = [f"{run.gamma:.2f}" for run in runs if run.gamma is not None]
+        scores = [spread([run.test for run in runs]), spread([run.unmarked for run in runs])]
+        return [block, *scores, ", ".join(gammas) or "–"]
 
-    before: list[Any] = [result for result in found if result.block == BEFORE]
+    head = ["block", "IoU of the wanted digits", "the same, key unmarked", "largest γ, by seed"]
+    test, unmarked = cells(BEFORE, 1.0)[1:3]
     lines = [
         "# Into a trained network",
         "",
         "The network of the digit scenes is trained without a block, as in the sweep. Then a block is put into its",
-        f"best checkpoint, and all of it is trained on for {TASK.recipe.steps:,} steps: by the same recipe, whose lr",
-        f"is {TASK.recipe.lr:g}, and by one with a tenth of it. IoU of the wanted digits on the test set, in percent:",
-        f"mean ± standard deviation over {count_seeds(before)}. Before the insertion it is {score(BEFORE, 1)}.",
+        f"best checkpoint, and all of it is trained on for {TASK.recipe.steps:,} steps: by the same recipe, and by one",
+        "with a tenth of the learning rate (that of the start; it falls to 0). The batches are those of the first",
+        "training. IoU on the test set, in percent: mean ± standard deviation over the seeds. Before the insertion it",
+        f"is {test}, and {unmarked} with the key unmarked.",
         "",
-        f"`python -m benchmarks.accuracy.insertion`, {machine()}, PyTorch {CODE['torch']}, commit {CODE['commit']}.",
-        "",
-        *markdown_table(
-            ["block", *SHARES.values()], [[block, *(score(block, share) for share in SHARES)] for block in INSERTED]
-        ),
-        "",
-        "![scores on the validation set by step](insertion.png)",
+        f"`python -m benchmarks.accuracy.insertion` ([each seed](insertion.json)), {machine()},",
+        f"PyTorch {CODE['torch']}, commit {CODE['commit']}.",
         "",
     ]
-    return "\n".join(lines)
+    for share, name in SHARES.items():
+        lines += [
+            f"## Trained on with {name}",
+            "",
+            *markdown_table(head, [cells(block, share) for block in INSERTED]),
+            "",
+        ]
+    return "\n".join([*lines, "![scores on the validation set by step](insertion.png)", ""])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -149,7 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
         if len(found) < total:
             print(f"stopped; the same command goes on with the networks in {args.folder}")
             return
-        for name, content in {"insertion.png": png(plot(found)), "insertion.md": report(found).encode()}.items():
+        files = {
+            "insertion.json": json.dumps([result._asdict() for result in found], indent=1).encode(),
+            "insertion.png": png(plot(found)),
+            "insertion.md": report(found).encode(),
+        }
+        for name, content in files.items():
             with written_whole(args.output / name) as file:
                 file.write(content)
     except ValueError as error:

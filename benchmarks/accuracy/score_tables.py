@@ -11,8 +11,8 @@ import torch
 from benchmarks.accuracy.gradients import early
 from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
 from benchmarks.accuracy.sweep_runs import Rows, run_of
-from benchmarks.accuracy.tasks import COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
-from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
+from benchmarks.accuracy.tasks import BETTER_START, COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
+from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, STAGES, unit_name
 from benchmarks.reporting import markdown_table, milliseconds
 from examples.emanet.data import CAMVID_NAMES
 
@@ -109,9 +109,22 @@ def full_size_rate_table(rows: Rows) -> list[str]:
     return markdown_table(["learning rate", "best mIoU on val"], cells)
 
 
-def ablation_table(runs: dict[str, Rows]) -> list[str]:
-    """The mIoU of the runs of each block: mean ± standard deviation over seeds."""
-    return markdown_table(["block", "mIoU"], [[block, spread(scores_of(found))] for block, found in runs.items()])
+def ablation_table(runs: dict[str, Rows], better_start: str) -> list[str]:
+    """The mIoU of what was varied: mean ± standard deviation over seeds; and what the runs have in common.
+
+    Args:
+        runs: of each block.
+        better_start: what ``BETTER_START`` is called among the others.
+    """
+    seeds = sorted({run["seed"] for found in runs.values() for run in found})
+    names = {BETTER_START: better_start}
+    cells = [[names.get(block, block), spread(scores_of(found))] for block, found in runs.items()]
+    return [
+        f"{better_start} is {BETTER_START}, with K = {NUM_BASES} and T = {STAGES}. The others change one thing, or are",
+        f"without a block. {DATA['mobilenet']}, the same recipe; seeds: {', '.join(map(str, seeds))}.",
+        "",
+        *markdown_table(["", "mIoU"], cells),
+    ]
 
 
 def class_table(rows: Rows, task: str) -> list[str]:

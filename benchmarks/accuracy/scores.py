@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from benchmarks.accuracy.sweep_runs import Rows
-from benchmarks.accuracy.tasks import BETTER_START, TASKS
-from benchmarks.blocks import NUM_BASES, STAGES
+from benchmarks.accuracy.tasks import TASKS
 from examples._common.evaluation import mean_iou
 
 
@@ -58,12 +57,3 @@ def like_for_like(rows: Rows, task: str, blocks: Iterable[str]) -> dict[str, Row
     runs = {block: found for block in blocks if (found := runs_of(rows, task, block))}
     seeds = set.intersection(*({run["seed"] for run in found} for found in runs.values())) if runs else set()
     return {block: [run for run in found if run["seed"] in seeds] for block, found in runs.items() if seeds}
-
-
-def seeds_of(runs: dict[str, Rows]) -> list[str]:
-    """Two lines: what an ablation was run on."""
-    seeds = sorted({run["seed"] for found in runs.values() for run in found})
-    return [
-        f"{BETTER_START} (K = {NUM_BASES}, T = {STAGES}) on CamVid at 240×180, and one thing changed. The same recipe;",
-        f"seeds: {', '.join(map(str, seeds))}.",
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,38 +11,48 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import insertion
-from benchmarks.accuracy.insertion import INSERTED, SHARES, TASK, results
+from benchmarks.accuracy.insertion import BEFORE, INSERTED, SHARES, TASK, results
 from benchmarks.accuracy.tasks import BETTER_START
 from benchmarks.blocks import PUBLISHED, unit_name
 from examples._common import runs
 from examples.digit_scenes import DigitScenes
 
-INTERRUPTED = 3
-"""The network, of all that are trained, in which Ctrl-C comes."""
+DONE = 3
+"""How many networks are trained when Ctrl-C comes."""
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps, of a few scenes, in which BatchNorm's running statistics do not move."""
+def short_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps with few scenes, in which BatchNorm's running statistics do not move."""
     recipe = replace(TASK.recipe, steps=3, batch=4, evaluate_every=2, norm_momentum=0.0)
-    data = lambda _, split: DigitScenes(split, 8)  # noqa: E731
-    monkeypatch.setattr(insertion, "TASK", TASK._replace(recipe=recipe, data=data))
+    monkeypatch.setattr(insertion, "TASK", TASK._replace(recipe=recipe, data=lambda _, split: DigitScenes(split, 8)))
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("short_task")
 def test_the_block_is_put_into_the_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(insertion, "SHARES", {0.0: "nothing is trained on"})
+    monkeypatch.setattr(insertion, "SHARES", {1.0: "trained on", 0.0: "nothing moves"})
     before, *inserted = results(tmp_path, 1)
     assert before.test > 0
-    scores = {result.block: result.test for result in inserted}
+    scores = {result.block: result.test for result in inserted if result.share == 0}
     assert list(scores) == list(INSERTED)
     assert scores["no block"] == scores[unit_name("all", 0)] == before.test
     loud = {scores[PUBLISHED], scores[unit_name("all", 1)], scores[BETTER_START]}
     assert before.test not in loud
     assert len(loud) == 2  # γ 1 is the same forward with either gradient
+    gammas = {result.block: result.gamma for result in inserted if result.share == 0}
+    assert gammas == {
+        "no block": None,
+        PUBLISHED: 1,
+        unit_name("all", 0): 0,
+        BETTER_START: 0.25,
+        unit_name("all", 1): 1,
+    }
+    unmoved = {result.val[0] for result in inserted if result.block in ("no block", unit_name("all", 0))}
+    assert len(unmoved) == 1  # what was trained on in between is not theirs
+    assert unmoved <= set(before.val.values())
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("short_task")
 def test_the_page_and_its_picture_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,7 +60,7 @@ def test_the_page_and_its_picture_after_an_interruption(
     validate = runs.Run.validate
 
     def interrupted(self: runs.Run) -> None:
-        if next(validations) == 2 * INTERRUPTED:
+        if next(validations) == 2 * DONE:
             signal.raise_signal(signal.SIGINT)
         validate(self)
 
@@ -59,12 +70,13 @@ def test_the_page_and_its_picture_after_an_interruption(
     assert "stopped" in capsys.readouterr().out
     assert not (tmp_path / "insertion.md").exists()
     insertion.main(call)
-    assert next(validations) == 2 * (1 + len(INSERTED) * len(SHARES))  # none is trained twice
+    assert next(validations) == 2 * (1 + len(INSERTED) * len(SHARES))  # what was done is not evaluated again
     text = (tmp_path / "insertion.md").read_text()
-    assert f"| block | {' | '.join(SHARES.values())} |" in text
-    assert "over 1 seed" in text
+    assert all(f"## Trained on with {name}" in text for name in SHARES.values())
     for block in INSERTED:
-        assert text.count(f"| {block} | ") == 1
+        assert text.count(f"| {block} | ") == len(SHARES)
+    found = json.loads((tmp_path / "insertion.json").read_text())
+    assert [result["block"] for result in found] == [BEFORE, *INSERTED, *INSERTED]
     assert (tmp_path / "insertion.png").read_bytes().startswith(b"\x89PNG")
 
 
