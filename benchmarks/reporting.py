@@ -1,4 +1,4 @@
-"""What both reports are written with: their folder, Markdown tables, times in milliseconds, the README's tables."""
+"""What the reports are written with: folder, files, Markdown tables, times in milliseconds, the README's tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from examples._common.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 """A folder for each report."""
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file whole or not at all."""
+    for name, content in files.items():
+        with written_whole(folder / name) as file:
+            file.write(content)
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -40,7 +40,7 @@ from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, planned_runs, rea
 from benchmarks.accuracy.tasks import BASES, FIXED_BASES, LEADING, STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED
 from benchmarks.plot_style import png
-from benchmarks.reporting import update_readme
+from benchmarks.reporting import update_readme, write_files
 from examples._common.files import written_whole
 
 README_MARKERS = ("<!-- accuracy table: begin -->", "<!-- accuracy table: end -->")
@@ -155,9 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
         text, pictures = report(rows, networks)
         files = {"report.md": text.encode()} | {name: png(figure) for name, figure in pictures.items()}
-        for name, content in files.items():
-            with written_whole(args.results / name) as file:
-                file.write(content)
+        write_files(args.results, files)
         if args.readme:
             update_readme(args.readme, README_MARKERS, readme_table(rows))
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ after the current step, and the same command goes on from there. Another commit 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -30,9 +31,9 @@ from benchmarks.accuracy.tasks import BETTER_START, TASKS
 from benchmarks.blocks import PUBLISHED, TRAINED, unit_name
 from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
-from benchmarks.reporting import markdown_table
+from benchmarks.reporting import markdown_table, write_files
 from examples._common.evaluation import evaluate
-from examples._common.files import load_checkpoint, written_whole
+from examples._common.files import load_checkpoint
 from examples._common.samples import seed_everything
 from examples._common.training import fit
 from examples.digit_scenes import DigitScenes, ShortSightedNet
@@ -164,7 +165,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1; got {args.seeds}")
-        found = list(tqdm(results(args.folder, args.seeds), "networks", total))
+        found: list[Result] = []
+        with contextlib.suppress(KeyboardInterrupt):  # of an evaluation; a training hears Ctrl-C itself
+            found.extend(tqdm(results(args.folder, args.seeds), "networks", total))
         if len(found) < total:
             print(f"stopped; the same command goes on with the networks in {args.folder}")
             return
@@ -173,9 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             "insertion.png": png(plot(found)),
             "insertion.md": report(found).encode(),
         }
-        for name, content in files.items():
-            with written_whole(args.output / name) as file:
-                file.write(content)
+        write_files(args.output, files)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(args.output / "insertion.md")

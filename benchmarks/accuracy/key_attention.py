@@ -27,10 +27,9 @@ from benchmarks.accuracy.tasks import BETTER_START, TASKS
 from benchmarks.blocks import PUBLISHED, TRAINED, MakeBlock, unit_name
 from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
-from benchmarks.reporting import markdown_table
+from benchmarks.reporting import markdown_table, write_files
 from ema_attention import collect_attention_maps
 from examples._common.evaluation import evaluation_mode
-from examples._common.files import written_whole
 from examples._common.recipe import make_learner
 from examples._common.samples import Batches, Drawn, normalisation, seed_everything
 from examples._common.training import training_step
@@ -155,9 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
             means[unit][step] = [attention[unit][step][kinds == kind].mean().item() for kind in range(len(PLACES))]
     try:
         files = {"key_attention.png": png(plot(images, attention)), "key_attention.md": report(means).encode()}
-        for name, content in files.items():
-            with written_whole(args.output / name) as file:
-                file.write(content)
+        write_files(args.output, files)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(args.output / "key_attention.md")

@@ -25,8 +25,7 @@ from benchmarks.costs.measure_costs import measure_costs, measure_grid_alone
 from benchmarks.costs.sizes import FULL, QUICK, Sizes
 from benchmarks.environment import machine
 from benchmarks.plot_style import png
-from benchmarks.reporting import RESULTS, update_readme
-from examples._common.files import written_whole
+from benchmarks.reporting import RESULTS, update_readme, write_files
 
 MARKERS = ("<!-- cost table: begin -->", "<!-- cost table: end -->")
 
@@ -42,9 +41,7 @@ def write(results: dict, folder: Path) -> None:
     if cells := results.get("grid", {}).get("cells"):
         files["grid.md"] = (grid_markdown(results) + "\n").encode()
         files["grid.png"] = png(plot_grid(cells))
-    for name, content in files.items():
-        with written_whole(folder / name) as file:
-            file.write(content)
+    write_files(folder, files)
 
 
 def folder_name(machine: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import insertion
-from benchmarks.accuracy.insertion import BEFORE, INSERTED, SHARES, TASK, results
+from benchmarks.accuracy.insertion import BEFORE, INSERTED, SHARES, TASK, Result, report, results
+from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import BETTER_START
 from benchmarks.blocks import PUBLISHED, unit_name
 from examples._common import runs
@@ -78,6 +79,27 @@ def test_the_page_and_its_picture_after_an_interruption(
     found = json.loads((tmp_path / "insertion.json").read_text())
     assert [result["block"] for result in found] == [BEFORE, *INSERTED, *INSERTED]
     assert (tmp_path / "insertion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("short_task")
+def test_an_interruption_between_two_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(insertion, "evaluate", interrupted)
+    insertion.main(["--folder", str(tmp_path / "networks"), "--output", str(tmp_path)])
+    assert "stopped" in capsys.readouterr().out
+    assert not (tmp_path / "insertion.md").exists()
+
+
+def test_the_committed_page_is_of_the_committed_scores() -> None:
+    found = [Result(**result) for result in json.loads((FOLDER / "insertion.json").read_text())]
+    made, committed = report(found).splitlines(), (FOLDER / "insertion.md").read_text().splitlines()
+    assert [line for line in made if line.startswith(("|", "is "))] == [
+        line for line in committed if line.startswith(("|", "is "))
+    ]
 
 
 def test_a_wrong_number_of_seeds(capsys: pytest.CaptureFixture[str]) -> None:
