@@ -79,6 +79,8 @@ class DigitScenes(Dataset[tuple[Image, Mask]]):
     """
 
     names = ("background", "same digit as the key")
+    wanted = 1
+    """The label of the digits that are to be found."""
     colours = ((0, 0, 0), (86, 180, 233))
     """Okabe and Ito's, of each name."""
 

@@ -95,9 +95,10 @@ def train(net: ShortSightedNet, block: str, share: float, seed: int, folder: Pat
         return None
     net.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
     unmarked = DigitScenes("test", len(sets["test"]), is_marked=False)
-    test, guessed = (100 * evaluate(net, scenes, device)[1].item() for scenes in (sets["test"], unmarked))
+    wanted = DigitScenes.wanted
+    test, guessed = (100 * evaluate(net, scenes, device)[wanted].item() for scenes in (sets["test"], unmarked))
     gamma = None if isinstance(net.block, nn.Identity) else net.block.conv2[1].weight.abs().max().item()
-    val = {step: 100 * iou[1] for step, iou in ({0: before} | history).items()}
+    val = {step: 100 * iou[wanted] for step, iou in ({0: before} | history).items()}
     return Result(block, share, seed, test, guessed, gamma, val)
 
 
@@ -112,7 +113,8 @@ def plot(found: list[Result]) -> Figure:
             ax.plot(list(means), list(means.values()), label=block, **STYLES[block])
         ax.set(title=f"trained on with {name}", xlabel="training steps since the insertion")
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("IoU of the wanted digits on val [%],\nmean over the seeds")
+    seeds = len({result.seed for result in found})
+    axes[0].set_ylabel(f"IoU of the wanted digits on val [%],\nmean over the seeds ({seeds})")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

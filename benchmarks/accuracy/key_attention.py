@@ -51,7 +51,7 @@ def key_cells(images: Tensor) -> Tensor:
 def places(images: Tensor, labels: Tensor, size: int) -> Tensor:
     """Which of ``PLACES`` each of size × size positions shows, (B, size, size), of scenes with labels (B, 64, 64)."""
     side = images.shape[-1] // size
-    strokes = torch.stack([labels == 1, images[:, 0] > 255 * THRESHOLD], 1)
+    strokes = torch.stack([labels == DigitScenes.wanted, images[:, 0] > 255 * THRESHOLD], 1)
     equal, any_digit = F.max_pool2d(strokes.float(), side).bool().unbind(1)
     is_key = key_cells(images).repeat_interleave(size // GRID, 1).repeat_interleave(size // GRID, 2)
     return torch.where(is_key, 0, torch.where(equal, 1, torch.where(any_digit, 2, 3)))

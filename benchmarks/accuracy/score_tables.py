@@ -14,6 +14,7 @@ from benchmarks.accuracy.sweep_runs import Rows, run_of
 from benchmarks.accuracy.tasks import BETTER_START, COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, STAGES, unit_name
 from benchmarks.reporting import markdown_table, milliseconds
+from examples.digit_scenes import DigitScenes
 from examples.emanet.data import CAMVID_NAMES
 
 TITLES = {
@@ -58,7 +59,7 @@ def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
         runs = runs_of(rows, task, block)
         scores = [spread([percent(run["test"]) for run in runs])]
         if task == "digits":
-            wanted = [spread([100 * run[of][1] for run in runs]) for of in ("test", "test_unmarked")]
+            wanted = [spread([100 * run[of][DigitScenes.wanted] for run in runs]) for of in ("test", "test_unmarked")]
             scores = [*wanted, *scores]
         times = [milliseconds(cost[kind]) for kind in ("forward", "training step")]
         cost_cells = [f"{cost['parameters'] / 1e6:.3f} M", f"{cost['macs'] / 1e9:.3f}", *times]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import TASKS
 from examples._common.evaluation import mean_iou
+from examples.digit_scenes import DigitScenes
 
 
 def runs_of(rows: Rows, task: str, block: str, share: float = 1) -> Rows:
@@ -28,7 +29,7 @@ def percent(iou: Sequence[float]) -> float:
 
 def scores_of(runs: Rows) -> list[float]:
     """What a block is judged by on the test set, in percent: the IoU of the wanted digits, in the streets the mean."""
-    return [100 * run["test"][1] if run["task"] == "digits" else percent(run["test"]) for run in runs]
+    return [100 * run["test"][DigitScenes.wanted] if run["task"] == "digits" else percent(run["test"]) for run in runs]
 
 
 def origin(rows: Rows) -> str:

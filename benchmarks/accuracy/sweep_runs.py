@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             is_planned = run in planned
             is_row = (
                 _are_scores(_scores_in(row))
-                and _are_notes(row["gradients"])
+                and _are_notes(row["gradients"], run.block)
                 and isinstance(row["commit"] + row["torch"], str)
             )
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -118,9 +118,12 @@ def _are_scores(scores: list[list[float]]) -> bool:
     return all(len(iou) == classes and all(0 <= one <= 1 or math.isnan(one) for one in iou) for iou in scores)
 
 
-def _are_notes(gradients: dict[str, Notes]) -> bool:
+def _are_notes(gradients: dict[str, Notes], block: str) -> bool:
+    names = {"stages", "branch"} if block.startswith("EMAUnit") else {"stages"}
     numbers = [number for note in gradients.values() for values in note.values() for number in values]
-    return bool(numbers) and all("stages" in note for note in gradients.values()) and all(map(math.isfinite, numbers))
+    return (
+        bool(numbers) and all(names <= note.keys() for note in gradients.values()) and all(map(math.isfinite, numbers))
+    )
 
 
 def add_row(row: dict[str, Any], path: Path) -> None:

@@ -25,8 +25,10 @@ def row(task: str, block: str, seed: int, score: float, share: float = 1) -> dic
     return {**made, "test_unmarked": [score / 2] * classes, "recipe": recipe, **code}
 
 
+ABLATED = {block: 0.3 + i / 100 for i, block in enumerate(ABLATIONS)}
+"""The score of each ablation."""
 ROWS = [
-    row(task, block, seed, 0.4 if block in ABLATIONS else 0.5 + seed / 10, lr / TASKS[task].recipe.lr)
+    row(task, block, seed, ABLATED.get(block, 0.5 + seed / 10), lr / TASKS[task].recipe.lr)
     for task, block, seed, lr in planned_runs()
 ]
 TIMES = {

@@ -122,10 +122,14 @@ def edited(change: Callable[[dict[str, Any]], object], *made: Any) -> str:
             )
         ),
         (edited(lambda row: row.pop("test_by_stages"), "mobilenet", "T = 1", 0, 0.5), "must have a row of a run in"),
+        (
+            edited(lambda row: row["gradients"]["4"].pop("branch"), "digits", PUBLISHED, 0, 0.5),
+            "must have a row of a run",
+        ),
         *(
             (edited(change), rf"must have rows of planned runs, see --list; got {run} in line 2")
             for change, run in (
-                (lambda row: row.update(block="EMAUnit, none"), "digits/EMAUnit, none/0/lr 0.4"),
+                (lambda row: row.update(block="Nonlocal"), "digits/Nonlocal/0/lr 0.4"),
                 (lambda row: row.update(seed="0x"), "digits/Non-local/0x/lr 0.4"),
                 (lambda row: row["recipe"].update(lr=0.3), "digits/Non-local/0/lr 0.3"),
                 (lambda row: row.update(seed=5), "digits/Non-local/5/lr 0.4"),
