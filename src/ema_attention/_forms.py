@@ -54,7 +54,8 @@ def plain_form() -> Iterator[None]:
     """Everything inside runs in its plain form: the paper's operations, one by one, and nothing but autograd.
 
     The results are the same but for rounding. For whoever doubts that, or wants to read a profile or a traceback. Code
-    that torch.compile, torch.export or torch.jit.trace records is not changed by it.
+    that torch.compile, torch.export or torch.jit.trace records is not changed by it. A backward that runs a checkpoint
+    again needs it too.
 
     Example:
         >>> import torch

@@ -26,8 +26,8 @@ class Layout(NamedTuple):
     def row(y: Tensor) -> Tensor:
         """A tensor (B, C, N) as an image of one row (B, C, 1, N).
 
-        Not of one column: from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong on a
-        CPU (PyTorch 2.14 and 2.15; test_unit_equals_its_formula).
+        Not of one column: from channels-last memory that makes a stride for which BatchNorm2d's gradient is wrong, see
+        :func:`~ema_attention._torch.mend_batch_stride`.
         """
         return y.unsqueeze(2)
 

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
+)
 
 from ema_attention._torch import HAS_TOP_HOOKS, has_values, is_tracing, saved_tensors_hooks, without_autocast
 
@@ -111,8 +115,10 @@ class Starts:
 
 def _sample(x: Tensor) -> Tensor:
     """Sums (B, 4, 4) over all of x (B, C, N), with weights that repeat nowhere: hardly two inputs have the same."""
+    while is_traceable_wrapper_subclass(x):  # such as DTensor
+        x = getattr(x, x.__tensor_flatten__()[0][0])
     x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)  # of what is not finite a sum says nothing
-    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], device=x.device).sqrt()
+    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=x.dtype, device=x.device).sqrt()
     left, right = (torch.outer(torch.arange(n, device=x.device), frequencies).cos() for n in x.shape[1:])
     with without_autocast(x.device):
         return left.mT @ (x @ right)

@@ -33,7 +33,7 @@ def run_with_one_product(problem: Problem, mu: Tensor, stages: int) -> tuple[Ten
     """The bases (B, C', K) and maps (B, N, K) of the last stage of ``_steps.run``."""
     x, absent, projection, scale = problem
     *_, mu, z, _ = _Stages.apply(x, mu.expand(len(x), -1, -1), projection, absent, scale, stages)
-    return mu, z
+    return mu, z if absent is None else z.masked_fill(absent, 0.0)  # a gradient there may be infinite
 
 
 class _Stages(torch.autograd.Function):

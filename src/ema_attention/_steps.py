@@ -77,7 +77,8 @@ class Stage(NamedTuple):
     z: Tensor
     """(B, N, K): the maps, from the bases before it."""
     sums: Tensor
-    """(B, C + 1, K): the :func:`statistics` before ``reduce``; without one, what the M-step has left of the sums."""
+    """The :func:`statistics` (B, C + 1, K) before ``reduce``. Without one, what the M-step has left of
+    :func:`sum_over_positions`."""
 
 
 def run(problem: Problem, mu: Tensor, stages: int, reduce: Reduce | None = None) -> Iterator[Stage]:

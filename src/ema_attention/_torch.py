@@ -72,8 +72,12 @@ def may_overwrite(tensor: Tensor) -> bool:
 
 
 def is_only_data(tensor: Tensor) -> bool:
-    """Whether a tensor is no stand-in: of a trace, of a subclass, or under a transform such as vmap."""
-    return type(tensor) is Tensor and not (is_tracing() or is_transformed())
+    """Whether a tensor is no stand-in: of a trace, of a subclass that runs operations itself, or under a transform.
+
+    A subclass that only wraps functions is data. In a backward that starts at such a tensor it is a plain one.
+    """
+    is_traced = is_tracing() or is_transformed()
+    return not is_traced and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def has_values(tensor: Tensor) -> bool:

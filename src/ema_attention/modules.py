@@ -192,7 +192,9 @@ class EMAUnit(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the bases and the convolutions anew, and resets the norm, whose weight becomes ``layer_scale``.
 
-        As published: N(0, √(2/K)), then unit norm, for the bases; N(0, √(2/C_out)) for the convolutions.
+        As published: N(0, √(2/K)), then unit norm, for the bases; N(0, √(2/C_out)) for the convolutions. Code that
+        resets every module of a model, parents first, does so again in PyTorch's way to the unit's convolutions and
+        norm: call this once more after it.
 
         Raises:
             ValueError: for a ``layer_scale`` other than 1, if the norm has no parameter that is its weight.
@@ -221,6 +223,7 @@ class EMAUnit(nn.Module):
         """
         if isinstance(x, fx.Proxy) and x.tracer.root is not self:
             return call_as_leaf(self, x, mask)
+        check_settings(self.stages, self.scale, self.gradient)  # which may have been set since
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
         start, moves = self._starting_bases(features)
@@ -239,7 +242,9 @@ class EMAUnit(nn.Module):
     def _starting_bases(self, x: Tensor) -> tuple[Tensor, bool]:
         """The bases that EM of x (B, C, N) starts from, and whether the unit's move after it."""
         if not self.training or self.decay == 1:
-            return self.mu, False
+            # A later forward in training mode writes to the buffer, of which a backward needs what it holds now.
+            keeps = self.gradient != "none" and torch.is_grad_enabled() and not is_tracing()
+            return (self.mu.clone() if keeps else self.mu), False
         if is_compiling():
             # An attribute that is set makes torch.compile leave a checkpoint around the unit to eager mode. In a graph
             # of its own the second forward would copy the buffer when it has moved.
@@ -259,6 +264,8 @@ class EMAUnit(nn.Module):
         form = projection_form(self.conv1, x, self.num_bases, self.stages)
         if form == "folded":
             return prepare(x, mu, self.scale, mask, self.conv1.weight.flatten(1), self.conv1.bias)
+        if mask is not None:
+            x = x.masked_fill(~mask.flatten(1)[:, None], 0.0)  # NaN · 0 would come into the gradient of conv1
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
             if form == "multiplied":
                 y = convolve(self.conv1.weight.flatten(1), x, self.conv1.bias)  # autocast casts them as conv1's own
@@ -297,8 +304,9 @@ class EMAUnit(nn.Module):
                 maps[name] = layout.restore_maps(z.transpose(1, 2))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what belongs to a pass that is under way stays behind."""
-        return {**self.__dict__, "map_collectors": [], "_starts": Starts()}
+        """For copies and pickles: without what belongs to a pass that is under way, and what ``compile()`` made."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "map_collectors": [], "_starts": Starts()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EMAUnit:
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied, and the copy belongs to the same

@@ -57,6 +57,19 @@ def test_compiles_into_one_graph_for_every_batch_and_size(training: bool, gradie
     assert len(graphs) == 1
 
 
+def test_compiles_with_a_scale_that_varies() -> None:
+    x, mu = torch.randn(2, 8, 6, 7), F.normalize(torch.randn(8, 4), dim=0)
+    unit, reference = (u.eval() for u in unit_and_reference())
+    function = torch.compile(em_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager")
+    for scale in (1.0, 2.0, 0.5):
+        torch.testing.assert_close(function(x, mu, 3, scale=scale).out, em_attention(x, mu, 3, scale=scale).out)
+        unit.scale = reference.scale = scale
+        torch.testing.assert_close(compiled(x), reference(x))
+    with pytest.raises(ValueError, match="scale must be positive and finite; got -2"):
+        em_attention(x, mu, 3, scale=-2.0)
+
+
 def test_compiles_channels_last_tokens_and_masks() -> None:
     for options, x in (
         ({}, torch.randn(2, 8, 6, 7).to(memory_format=torch.channels_last)),

@@ -1,6 +1,7 @@
 """EMAUnit: its formula, its state, the published names, layouts and errors."""
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from ema_attention import EMAUnit, collect_attention_maps, em_attention
+from tests.problems import UNIT_NORM_TOLERANCE
 from tests.units import formula, trained_like
 
 
@@ -151,7 +153,7 @@ def test_eval_leaves_the_bases_bit_identical() -> None:
 def test_buffer_has_unit_norm_after_every_update(dtype: torch.dtype, decay: float, seed: int) -> None:
     torch.manual_seed(seed)
     unit = EMAUnit(6, 4, decay=decay).to(dtype).train()
-    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    tolerance = UNIT_NORM_TOLERANCE[dtype]
     for scale in (1.0, 1e3, 0.0):
         unit((scale * torch.randn(2, 6, 5, 5)).to(dtype))
         norms = unit.mu.double().norm(dim=1)
@@ -276,6 +278,20 @@ def test_bases_may_move_between_forward_and_backward() -> None:
     assert unit.conv1.weight.grad is not None
 
 
+@pytest.mark.parametrize("gradient", ["all", "last", "none"])
+def test_a_backward_may_need_an_evaluation_before_a_training_forward(gradient: str) -> None:
+    """As a teacher and its student have: the one's forward is in eval mode, the other's moves the bases."""
+    unit = EMAUnit(8, 4, stages=1, gradient=gradient, norm_layer=partial(nn.GroupNorm, 2), dtype=torch.float64)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    names = [name for name, parameter in unit.named_parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(unit.eval()(x).square().sum(), [unit.get_parameter(name) for name in names])
+    loss = unit(x).square().sum()
+    unit.train()(x)
+    gradients = torch.autograd.grad(loss, [unit.get_parameter(name) for name in names])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 def test_conv1_is_frozen_exactly_when_no_gradient_can_reach_it() -> None:
     for mode in ("none", "last", "all"):
         unit = EMAUnit(8, 4, gradient=mode).train()
@@ -294,6 +310,19 @@ def test_copies_are_equal_and_apart(copied) -> None:
     torch.testing.assert_close(other.eval()(x), unit.eval()(x), rtol=0, atol=0)
     other.train()(x)
     assert not torch.equal(other.mu, unit.mu)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda unit: pickle.loads(pickle.dumps(unit))])
+def test_a_copy_of_a_compiled_unit_is_not_the_unit(copied) -> None:
+    unit = EMAUnit(8, 4, gradient="all")
+    unit.compile(backend="eager")
+    unit(torch.randn(2, 8, 6, 6))
+    mu, other = unit.mu.clone(), copied(unit)
+    other(torch.randn(2, 8, 6, 6)).sum().backward()
+    assert torch.equal(unit.mu, mu)
+    assert not torch.equal(other.mu, mu)
+    assert unit.conv1.weight.grad is None
+    assert other.conv1.weight.grad is not None
 
 
 def test_layouts_agree() -> None:
@@ -338,6 +367,19 @@ def test_padding_does_not_leak() -> None:
     padded = F.pad(x, (0, 7), value=1e4)
     mask = torch.arange(17)[None] < 10
     torch.testing.assert_close(unit(padded, mask=mask)[..., :10], unit(x))
+
+
+@pytest.mark.parametrize("positions", [10, 3000])
+@pytest.mark.parametrize("value", [1e4, math.nan, math.inf])
+def test_what_padding_holds_is_in_no_gradient(positions: int, value: float) -> None:
+    unit = EMAUnit(8, 4, gradient="all", final_relu=False).double().eval()
+    x = torch.randn(2, 8, positions, dtype=torch.float64)
+    padded, mask = F.pad(x, (0, 7), value=value), torch.arange(positions + 7).expand(2, -1) < positions
+    gradients = []
+    for y in (unit(x), unit(padded, mask=mask)[..., :positions]):
+        gradients.append(torch.autograd.grad(y.square().sum(), list(unit.parameters())))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_factory_arguments_reach_every_tensor() -> None:
@@ -417,6 +459,22 @@ def test_settings_are_attributes_and_in_the_repr() -> None:
     assert unit.extra_repr() == ", ".join(["8", *(f"{name}={value!r}" for name, value in settings.items())])
     unit = EMAUnit(8)
     assert (unit.inner_channels, unit.sync_bases, unit.process_group) == (8, True, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("stages", 0, ValueError),
+        ("stages", 2.0, TypeError),
+        ("scale", -1.0, ValueError),
+        ("scale", math.inf, ValueError),
+    ],
+)
+def test_settings_that_are_set_later_are_checked_too(name: str, value: float, error: type[Exception]) -> None:
+    unit = EMAUnit(8, 4)
+    setattr(unit, name, value)
+    with pytest.raises(error, match=f"^{name} must be .*; got "):
+        unit(torch.randn(2, 8, 5))
 
 
 def test_norm_is_of_the_dtype_and_device() -> None:

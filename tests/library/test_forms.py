@@ -321,6 +321,19 @@ def test_one_product_equals_autograd_through_the_loop(gradient: str, channels_la
     assert results[0][3].stride() == x.stride()
 
 
+def test_a_loss_on_masked_maps_has_the_gradient_of_the_plain_form() -> None:
+    """Of an entropy the gradient is infinite where a map is 0, as it is where a position takes no part."""
+    x, mu = torch.randn(2, 8, 50, 50), F.normalize(torch.randn(8, 4), dim=0)
+    mask, gradients = torch.rand(2, 50, 50) < 0.7, []
+    for form in (nullcontext(), plain_form()):
+        source = x.clone().requires_grad_()
+        with form:
+            torch.special.entr(em_attention(source, mu, 3, mask=mask).z).sum().backward()
+        gradients.append(source.grad)
+    assert gradients[1].isfinite().all()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_reconstruct_conv_gradients(channels_last: bool) -> None:
     mu = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from ema_attention import EMAUnit
@@ -193,6 +194,43 @@ def test_a_checkpoint_takes_a_subclass_of_tensor() -> None:
         unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
         gradients += torch.autograd.grad(run(unit, source.as_subclass(Tagged)).pow(2).sum(), source)
     torch.testing.assert_close(*gradients)
+
+
+def test_a_checkpoint_runs_again_with_plain_tensors_what_ran_with_a_subclass() -> None:
+    """In the backward method of a subclass no tensor is of the subclass."""
+    x, gradients = torch.randn(2, 6, 4, 4, dtype=torch.float64), []
+    for run in (partial(checkpoint, use_reentrant=False), EMAUnit.__call__):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        run(unit, source.as_subclass(Tagged)).pow(2).sum().backward()
+        gradients.append(source.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_checkpoint_takes_a_tensor_that_wraps_others() -> None:
+    x, gradients = torch.randn(2, 6, 5, 5), []
+    for run in (partial(checkpoint, use_reentrant=False), EMAUnit.__call__):
+        unit, source = small_unit(gradient="all").float(), x.clone().requires_grad_()
+        run(unit, TwoTensor(source, source)).pow(2).sum().backward()
+        gradients += [source.grad, unit.mu]
+    torch.testing.assert_close(gradients[:2], gradients[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("run", [partial(checkpoint, use_reentrant=False), partial(checkpoint, use_reentrant=True)])
+def test_a_checkpoint_under_another_default_dtype(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x, results = torch.randn(2, 6, 5, 5).to(dtype), []
+    torch.set_default_dtype(dtype)
+    try:
+        for call in (run, EMAUnit.__call__):
+            torch.manual_seed(0)
+            unit, source = EMAUnit(6, num_bases=4, gradient="all"), x.clone().requires_grad_()
+            call(unit, source).pow(2).sum().backward()
+            with torch.no_grad():
+                unit(x)
+            results.append([source.grad, unit.mu])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*results)
 
 
 def test_a_checkpoint_is_estimated_without_numbers() -> None:

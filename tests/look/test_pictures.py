@@ -35,6 +35,18 @@ def boxes_overlap(a, b) -> bool:
     return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
 
 
+def test_pictures_are_made_on_the_cpu_and_in_float32_whatever_the_defaults_are() -> None:
+    z, stages = maps(4), torch.stack([maps(4), maps(4)])
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")  # stands for a GPU: nothing on it can be drawn
+    try:
+        plot_attention_maps(IMAGE, z)
+        plot_em_stages(IMAGE, stages, z.new_zeros(3))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("num_bases", [1, 2, 6, 8, 12, 16, 64])
 @pytest.mark.parametrize("even", [False, True])
 def test_every_map_has_a_legible_panel_and_a_colour_of_its_own(num_bases, even):

@@ -301,7 +301,7 @@ def _view(z: Tensor, objective: Tensor, of: str) -> dict[str, Any]:
 
 def _strongest(z: Tensor) -> list[list[int]]:
     """For each map of z (K, slices, rows, columns), its strongest positions that lie apart, at least half as strong."""
-    places = torch.cartesian_prod(*(torch.arange(length) for length in z.shape[1:])).float()  # (N, 3)
+    places = torch.cartesian_prod(*(torch.arange(length, device=z.device) for length in z.shape[1:])).float()  # (N, 3)
     apart = max(z.shape[1:]) / 8
     left = z.flatten(1).clone()  # (K, N)
     enough = left.amax(1) / 2

@@ -146,10 +146,8 @@ def model_stages_together(model: nn.Module, batches: Sequence[Any], together: in
         runs: dict[str, _Run] = {}
 
         def keep(name: str, problem: Problem, *others: Any, runs: dict[str, _Run] = runs) -> None:
-            runs[name] = (
-                problem._replace(x=problem.x.clone()),
-                *others,
-            )  # conv1 may return x, and the model go on in place
+            problem = problem._replace(x=problem.x.clone())  # conv1 may return x, and the model go on in place
+            runs[name] = (problem, *others)
 
         _see_units(model, x, keep)
         seen.append(runs)
