@@ -10,7 +10,7 @@ help:
 	@echo "make demo         attention maps of a photograph, and a page to look into them"
 	@echo "make explorer     that page of your own images: IMAGES=..."
 	@echo "make train-quick  a network learns a task that needs global context, and one without the unit (2 minutes)"
-	@echo "make test         all tests"
+	@echo "make test         the tests, but for those of the targets below"
 	@echo "make test-floor   the library's tests with the oldest PyTorch it admits"
 	@echo "make test-export  exported units in OpenVINO, ExecuTorch, AOTInductor; conversion to Core ML"
 	@echo "make test-integrations  the page docs/integrations.md: timm, ultralytics, transformers, Lightning, ..."

@@ -25,7 +25,7 @@ MakeBlock = Callable[[int], nn.Module]
 """Makes a block for a number of channels C."""
 
 NUM_BASES = 64  # K of EMAU and R of Hamburger, as in both papers
-STAGES = 3
+NUM_STAGES = 3
 
 
 class NonLocal(nn.Module):
@@ -190,13 +190,13 @@ def _emau(channels: int) -> int:
 
 
 def _emau_macs(c: int, h: int, w: int) -> int:
-    return 2 * c**2 * h * w + (2 * STAGES + 1) * h * w * NUM_BASES * c
+    return 2 * c**2 * h * w + (2 * NUM_STAGES + 1) * h * w * NUM_BASES * c
 
 
 def _unit_macs(c: int, h: int, w: int) -> int:
-    if h * w <= FOLDS_FROM * 2 * STAGES * NUM_BASES:  # few positions: conv1 is run
+    if h * w <= FOLDS_FROM * 2 * NUM_STAGES * NUM_BASES:  # few positions: conv1 is run
         return _emau_macs(c, h, w)
-    to_x_and_back = 2 * STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
+    to_x_and_back = 2 * NUM_STAGES * c * (c + 1) * NUM_BASES  # by [weight | bias]
     return _emau_macs(c, h, w) - c**2 * h * w + to_x_and_back
 
 
@@ -236,13 +236,13 @@ _UNIT_SIZES = ((4, 5), (45, 46))  # few positions, and enough for every form tha
 
 BLOCKS: dict[str, Block] = {
     "EMAU as published": Block(
-        partial(PublishedEMAU, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _emau_macs
+        partial(PublishedEMAU, num_bases=NUM_BASES, stages=NUM_STAGES), slow.emau, _emau, _emau_macs
     ),
     "EMAUnit": Block(
-        partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES), slow.emau, _emau, _unit_macs, sizes=_UNIT_SIZES
+        partial(EMAUnit, num_bases=NUM_BASES, stages=NUM_STAGES), slow.emau, _emau, _unit_macs, sizes=_UNIT_SIZES
     ),
     'EMAUnit, gradient="all"': Block(
-        partial(EMAUnit, num_bases=NUM_BASES, stages=STAGES, gradient="all"),
+        partial(EMAUnit, num_bases=NUM_BASES, stages=NUM_STAGES, gradient="all"),
         partial(slow.emau, gradient="all"),
         _emau,
         _unit_macs,

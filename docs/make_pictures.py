@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from ema_attention import EMStages, em_stages, plot_attention_maps, plot_em_stages
-from ema_attention.look.pictures import colour_of_basis
+from ema_attention.look.pictures import as_photo, draw_assignment
 from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 
 FOLDER = Path(__file__).with_name("pictures")
@@ -66,14 +65,8 @@ def plot_choices(photo: np.ndarray, x: Tensor) -> Figure:
     for axes, row in zip(figure.subplots(2, 4), choices, strict=True):
         for ax, (bases, scale) in zip(axes, row, strict=True):
             z = attend(x, bases, scale).z[-1]
-            z = F.interpolate(z, photo.shape[:2], mode="bilinear")[0]
-            ax.imshow(photo.mean(2), cmap="gray")
-            # As sure as the largest of the K values is: 1/K shows the photograph alone.
-            sure = ((bases * z.amax(0) - 1) / (bases - 1)).numpy()
-            palette = ListedColormap([colour_of_basis(k) for k in range(bases)])
-            ax.imshow(z.argmax(0).numpy(), cmap=palette, vmin=-0.5, vmax=bases - 0.5, alpha=0.85 * sure)
             ax.set(title=f"K = {bases}, scale = {scale:g}", xticks=[], yticks=[])
-            ax.set_frame_on(False)
+            draw_assignment(ax, as_photo(photo), F.interpolate(z, photo.shape[:2], mode="bilinear")[0])
     return figure
 
 

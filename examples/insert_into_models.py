@@ -24,11 +24,12 @@ from ema_attention import EMAUnit
 
 
 def insert_into_resnet(model: ResNet | VideoResNet) -> nn.Module:
-    """After the last stage of torchvision's ResNets, of images or of videos.
+    """After the last stage but one of torchvision's ResNets, of images or of videos.
 
-    The stage ends with a ReLU, so the unit's own last ReLU changes nothing at the start.
+    The last stage leaves fewer positions than the unit has bases. The one before it has half of its channels, and ends
+    with a ReLU, so the unit's own last ReLU changes nothing at the start.
     """
-    model.layer4.append(EMAUnit(model.fc.in_features, gradient="all", layer_scale=0))
+    model.layer3.append(EMAUnit(model.fc.in_features // 2, gradient="all", layer_scale=0))
     return model
 
 
@@ -81,8 +82,11 @@ def m5(num_classes: int = 10) -> nn.Sequential:
 
 
 def insert_into_m5(model: nn.Sequential) -> nn.Module:
-    """After the features. They end with a ReLU and a maximum, so they are not negative either."""
-    model.features.append(EMAUnit(model.fc.in_features, gradient="all", layer_scale=0))
+    """After the features. They end with a ReLU and a maximum, so they are not negative either.
+
+    Of two seconds at 16 kHz they have 31 positions.
+    """
+    model.features.append(EMAUnit(model.fc.in_features, num_bases=8, gradient="all", layer_scale=0))
     return model
 
 

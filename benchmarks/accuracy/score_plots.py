@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.accuracy.scores import count_seeds, deviation, percent, runs_of, scores_of
 from benchmarks.accuracy.sweep_runs import Rows
-from benchmarks.accuracy.tasks import BASES, COMPARED, EVALUATED_STAGES, FIXED_BASES, STAGES, TASKS
+from benchmarks.accuracy.tasks import COMPARED, EVALUATED_STAGES, FIXED_BASES, RUN_OF_BASES, RUN_OF_STAGES, TASKS
 from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, PUBLISHED, unit_name
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
@@ -87,7 +87,7 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
     """Scores against the number of bases K, and without the moving average; a line through the means."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    scores = {k: scores_of(runs[block]) for k, block in BASES.items() if block in runs}
+    scores = {k: scores_of(runs[block]) for k, block in RUN_OF_BASES.items() if block in runs}
     for k, values in scores.items():
         ax.plot([k] * len(values), values, "o", color=UNIT_COLOUR, alpha=0.5)
     means = [statistics.mean(values) for values in scores.values()]
@@ -98,7 +98,13 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
         )
     if nothing := runs.get("no block"):
         ax.axhline(statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block")
-    ax.set(xscale="log", xticks=list(BASES), xticklabels=list(BASES), xlabel="bases K", ylabel="mIoU on test [%]")
+    ax.set(
+        xscale="log",
+        xticks=list(RUN_OF_BASES),
+        xticklabels=list(RUN_OF_BASES),
+        xlabel="bases K",
+        ylabel="mIoU on test [%]",
+    )
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -107,11 +113,11 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
 
 def plot_stages(runs: dict[str, Rows]) -> Figure:
     """MIoU for each number of EM stages in training and in evaluation, the mean over the seeds."""
-    trained = [stages for stages, block in STAGES.items() if block in runs]
+    trained = [stages for stages, block in RUN_OF_STAGES.items() if block in runs]
     grid = torch.tensor(
         [
             [
-                statistics.mean(percent(run["test_by_stages"][str(t)]) for run in runs[STAGES[stages]])
+                statistics.mean(percent(run["test_by_stages"][str(t)]) for run in runs[RUN_OF_STAGES[stages]])
                 for t in EVALUATED_STAGES
             ]
             for stages in trained

@@ -12,9 +12,8 @@ from benchmarks.accuracy.gradients import early
 from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
 from benchmarks.accuracy.sweep_runs import Rows, run_of
 from benchmarks.accuracy.tasks import BETTER_START, COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
-from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, STAGES, unit_name
+from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, NUM_STAGES, unit_name
 from benchmarks.reporting import markdown_table, milliseconds
-from examples.digit_scenes import DigitScenes
 from examples.emanet.data import CAMVID_NAMES
 
 TITLES = {
@@ -42,10 +41,10 @@ def score_table(rows: Rows, blocks: Iterable[str]) -> list[str]:
     return markdown_table(["block", *head], cells)
 
 
-def _score(task: str, runs: Rows) -> str:
+def _score(task: str, runs: Rows, test: str = "test") -> str:
     """With the number of seeds where it is not the planned one."""
     is_partial = runs and len(runs) != TASKS[task].seeds
-    return spread(scores_of(runs)) + (f" ({count_seeds(runs)})" if is_partial else "")
+    return spread(scores_of(runs, test)) + (f" ({count_seeds(runs)})" if is_partial else "")
 
 
 def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
@@ -59,18 +58,23 @@ def task_table(rows: Rows, networks: dict[str, Any], task: str) -> list[str]:
         runs = runs_of(rows, task, block)
         scores = [spread([percent(run["test"]) for run in runs])]
         if task == "digits":
-            wanted = [spread([100 * run[of][DigitScenes.wanted] for run in runs]) for of in ("test", "test_unmarked")]
-            scores = [*wanted, *scores]
+            scores = [*(spread(scores_of(runs, test)) for test in ("test", "test_unmarked")), *scores]
         times = [milliseconds(cost[kind]) for kind in ("forward", "training step")]
         cost_cells = [f"{cost['parameters'] / 1e6:.3f} M", f"{cost['macs'] / 1e9:.3f}", *times]
         cells.append([block, *scores, str(len(runs)), *cost_cells])
     return markdown_table(head, cells)
 
 
-def start_table(rows: Rows, task: str) -> list[str]:
-    """The score of EMAUnit for each gradient, a row, and each γ that its last norm starts with, a column."""
+def start_table(rows: Rows, task: str, test: str = "test") -> list[str]:
+    """The score of EMAUnit for each gradient, a row, and each γ that its last norm starts with, a column.
+
+    Args:
+        rows: of the runs.
+        task: its name.
+        test: the set that was scored, ``"test"`` or ``"test_unmarked"``.
+    """
     cells = [
-        [f"`{gradient}`", *(_score(task, runs_of(rows, task, unit_name(gradient, gamma))) for gamma in GAMMAS)]
+        [f"`{gradient}`", *(_score(task, runs_of(rows, task, unit_name(gradient, gamma)), test) for gamma in GAMMAS)]
         for gradient in GRADIENTS
     ]
     return markdown_table(["gradient", *(f"γ {gamma:g}" for gamma in GAMMAS)], cells)
@@ -121,8 +125,9 @@ def ablation_table(runs: dict[str, Rows], better_start: str) -> list[str]:
     names = {BETTER_START: better_start}
     cells = [[names.get(block, block), spread(scores_of(found))] for block, found in runs.items()]
     return [
-        f"{better_start} is {BETTER_START}, with K = {NUM_BASES} and T = {STAGES}. The others change one thing, or are",
-        f"without a block. {DATA['mobilenet']}, the same recipe; seeds: {', '.join(map(str, seeds))}.",
+        f"{better_start} is {BETTER_START}, with K = {NUM_BASES} and T = {NUM_STAGES}. The others change one thing"
+        f"{', or have no block' if 'no block' in runs else ''}. {DATA['mobilenet']},",
+        f"the same recipe; seeds: {', '.join(map(str, seeds))}.",
         "",
         *markdown_table(["", "mIoU"], cells),
     ]

@@ -27,9 +27,12 @@ def percent(iou: Sequence[float]) -> float:
     return 100 * mean_iou(iou)
 
 
-def scores_of(runs: Rows) -> list[float]:
-    """What a block is judged by on the test set, in percent: the IoU of the wanted digits, in the streets the mean."""
-    return [100 * run["test"][DigitScenes.wanted] if run["task"] == "digits" else percent(run["test"]) for run in runs]
+def scores_of(runs: Rows, test: str = "test") -> list[float]:
+    """What a block is judged by, in percent: the IoU of the wanted digits, in the streets the mean.
+
+    ``test`` is the set that was scored; the digits have ``"test_unmarked"`` too.
+    """
+    return [100 * run[test][DigitScenes.wanted] if run["task"] == "digits" else percent(run[test]) for run in runs]
 
 
 def origin(rows: Rows) -> str:

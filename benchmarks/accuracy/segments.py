@@ -31,9 +31,9 @@ from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.environment import environment
 from benchmarks.measure import summary
 from benchmarks.plot_style import png
+from benchmarks.reporting import write_files
 from ema_attention import TiledEMAttention, em_attention
 from examples._common.evaluation import mean_iou
-from examples._common.files import written_whole
 from examples._common.photos import STRIDE, efficientnet_lite0, extract_features
 from examples._common.samples import IGNORE
 from examples.emanet.data import Segmentation, camvid
@@ -279,21 +279,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.root:
             results, picture = measure(args.root)
-            write(numbers, (json.dumps(results, indent=1) + "\n").encode())
-            write(args.results / "segments.png", png(picture))
+            files = {numbers.name: (json.dumps(results, indent=1) + "\n").encode(), "segments.png": png(picture)}
+            write_files(args.results, files)
         if not numbers.exists():
             raise ValueError(f"{numbers} does not exist: --root, the folder of CamVid, makes it")
         results = json.loads(numbers.read_text())
-        write(args.results / "segments.md", report(results).encode())
-        write(args.results / "segments_scores.png", png(plot_scores(results)))
+        files = {"segments.md": report(results).encode(), "segments_scores.png": png(plot_scores(results))}
+        write_files(args.results, files)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     print(args.results / "segments.md")
-
-
-def write(path: Path, content: bytes) -> None:
-    with written_whole(path) as file:
-        file.write(content)
 
 
 if __name__ == "__main__":

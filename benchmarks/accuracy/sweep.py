@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.gradients import means_of, noted
 from benchmarks.accuracy.scores import scores_of
 from benchmarks.accuracy.sweep_runs import ROWS, Run, add_row, missing_runs, planned_runs
-from benchmarks.accuracy.tasks import EVALUATED_STAGES, STAGES, TASKS
+from benchmarks.accuracy.tasks import EVALUATED_STAGES, RUN_OF_STAGES, TASKS
 from benchmarks.blocks import TRAINED
 from benchmarks.environment import commit, machine
 from examples._common.evaluation import evaluate
@@ -88,7 +88,7 @@ def _train(run: Run, root: Path | None, folder: Path, device: str, threads: int)
     }
     if run.task == "digits":  # what can be guessed without the key
         row["test_unmarked"] = evaluate(model, DigitScenes("test", len(sets["test"]), is_marked=False), device).tolist()
-    if run.task == "mobilenet" and run.block in STAGES.values():
+    if run.task == "mobilenet" and run.block in RUN_OF_STAGES.values():
         row["test_by_stages"] = {}
         for stages in EVALUATED_STAGES:
             model.emau.stages = stages

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy.gradients import Notes
-from benchmarks.accuracy.tasks import ABLATIONS, EVALUATED_STAGES, FULL_SIZE_RATES, LEADING, STAGES, TASKS, TWO_RATES
+from benchmarks.accuracy.tasks import (
+    ABLATIONS,
+    EVALUATED_STAGES,
+    FULL_SIZE_RATES,
+    LEADING,
+    RUN_OF_STAGES,
+    TASKS,
+    TWO_RATES,
+)
 from benchmarks.blocks import TRAINED
 from benchmarks.reporting import RESULTS
 from examples._common.files import written_whole
@@ -108,7 +116,7 @@ def _scores_in(row: dict[str, Any]) -> list[list[float]]:
     scores = [row["test"], *row["val"].values()]
     if row["task"] == "digits":
         scores.append(row["test_unmarked"])
-    if row["task"] == "mobilenet" and row["block"] in STAGES.values():
+    if row["task"] == "mobilenet" and row["block"] in RUN_OF_STAGES.values():
         scores += [row["test_by_stages"][str(stages)] for stages in EVALUATED_STAGES]
     return scores
 

@@ -29,16 +29,16 @@ LEADING = (BETTER_START, PUBLISHED, "no block", "Non-local")
 TWO_RATES = ("digits", "mobilenet")
 COMPARED = ("no block", "Non-local", "DANet (PAM + CAM)", "DANet, gain from 1", "Hamburger", PUBLISHED, BETTER_START)
 """What the README's table, the costs and the learning curves show."""
-BASES = {16: "K = 16", 32: "K = 32", 64: BETTER_START, 128: "K = 128"}
+RUN_OF_BASES = {16: "K = 16", 32: "K = 32", 64: BETTER_START, 128: "K = 128"}
 """The run of each number of bases K."""
-STAGES = {1: "T = 1", 2: "T = 2", 3: BETTER_START, 4: "T = 4", 5: "T = 5"}
+RUN_OF_STAGES = {1: "T = 1", 2: "T = 2", 3: BETTER_START, 4: "T = 4", 5: "T = 5"}
 """The run of each number of stages T in training."""
 EVALUATED_STAGES = range(1, 9)
 FIXED_BASES = "fixed bases"
 """The run without the moving average: every sample starts from the bases drawn at the start."""
 ABLATIONS: dict[str, MakeBlock] = {
-    **{name: partial(TRAINED[BETTER_START], num_bases=k) for k, name in BASES.items() if name != BETTER_START},
-    **{name: partial(TRAINED[BETTER_START], stages=t) for t, name in STAGES.items() if name != BETTER_START},
+    **{name: partial(TRAINED[BETTER_START], num_bases=k) for k, name in RUN_OF_BASES.items() if name != BETTER_START},
+    **{name: partial(TRAINED[BETTER_START], stages=t) for t, name in RUN_OF_STAGES.items() if name != BETTER_START},
     FIXED_BASES: partial(TRAINED[BETTER_START], decay=1.0),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.blocks import NUM_BASES, STAGES, NonLocal
+from benchmarks.blocks import NUM_BASES, NUM_STAGES, NonLocal
 from benchmarks.costs import grid
 from benchmarks.costs.sizes import Sizes
 from benchmarks.costs.unit_pairs import Pair, Precision, prepare_pair, units
@@ -40,7 +40,7 @@ class BareProducts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = x.flatten(2)
-        for _ in range(STAGES):
+        for _ in range(NUM_STAGES):
             features.mT @ self.mu
             features @ self.z
         return torch.bmm(self.weight.expand(len(x), -1, -1), self.mu @ self.z.mT)

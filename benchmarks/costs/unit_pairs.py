@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import slow
-from benchmarks.blocks import BLOCKS, NUM_BASES, STAGES, Block, MakeBlock
+from benchmarks.blocks import BLOCKS, NUM_BASES, NUM_STAGES, Block, MakeBlock
 from benchmarks.measure import Mode, failure, prepare
 from ema_attention import EMAUnit, GradientMode
 from tests.plain import PublishedEMAU
@@ -56,8 +56,8 @@ class Autocast(nn.Module):
 
 def units(channels: int, gradient: GradientMode, tokens: bool = False) -> Pair:
     """Both units with the same weights, on (B, C, H, W) or on tokens (B, N, C)."""
-    published = PublishedEMAU(channels, NUM_BASES, STAGES, gradient=gradient)
-    unit = EMAUnit(channels, NUM_BASES, STAGES, gradient=gradient, channel_dim=-1 if tokens else 1)
+    published = PublishedEMAU(channels, NUM_BASES, NUM_STAGES, gradient=gradient)
+    unit = EMAUnit(channels, NUM_BASES, NUM_STAGES, gradient=gradient, channel_dim=-1 if tokens else 1)
     unit.load_state_dict(published.state_dict())
     return Pair(unit, OnTokens(published) if tokens else published)
 
@@ -82,7 +82,7 @@ def _differentiated(name: str, make: MakeBlock, gradient: GradientMode) -> Block
 def _wrong_on_tokens(device: str) -> str | None:
     """Why the pair on tokens is not the published unit on the same positions, or None."""
     for positions in (20, 552):
-        published = PublishedEMAU(16, NUM_BASES, STAGES).to(device).eval()
+        published = PublishedEMAU(16, NUM_BASES, NUM_STAGES).to(device).eval()
         x = torch.randn(2, positions, 16, generator=torch.Generator().manual_seed(0)).to(device)
         pair = units(16, "none", tokens=True)
         pair.unit.load_state_dict(published.state_dict())

@@ -18,10 +18,10 @@ SMALL_INPUT = {
     "M5": (2, 1, 4000),
 }
 MAPS = {
-    "torchvision resnet18": (2, 64, 3, 2),
-    "torchvision r3d_18": (2, 64, 2, 2, 2),
+    "torchvision resnet18": (2, 64, 6, 4),
+    "torchvision r3d_18": (2, 64, 4, 4, 4),
     "timm vit_tiny_patch16_224": (2, 64, 196),
-    "M5": (2, 64, 3),
+    "M5": (2, 8, 3),
 }
 
 
