@@ -86,7 +86,11 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         lines += [*task_table(rows, networks, task), "", f"![learning curves]({task}.png)", ""]
         pictures[f"{task}.png"] = plot_learning(rows, task)
         if task == "camvid-full":
-            lines += ["Published, trained for longer: ENet 51.3, SegNet 60.1, FC-DenseNet103 66.9 mIoU.", ""]
+            lines += [
+                "Published, trained for longer: ENet 51.3 (Paszke et al., arXiv 1606.02147), SegNet 60.1",
+                "(Badrinarayanan et al., arXiv 1511.00561), FC-DenseNet103 66.9 (Jégou et al., arXiv 1611.09326).",
+                "",
+            ]
             lines += ["The learning rates that were tried, without a block and with seed 0:", ""]
             lines += [*full_size_rate_table(rows), ""]
         if task != "digits":
