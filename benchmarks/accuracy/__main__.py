@@ -98,10 +98,10 @@ def report(rows: Rows, networks: dict[str, Any]) -> tuple[str, dict[str, Figure]
         if TRAINED.keys() <= TASKS[task].blocks.keys():
             lines += [f"### Start and gradient: {SCORES[task]}", "", *start_table(rows, task), ""]
             lines += [f"![score against γ for each gradient]({task}-starts.png)", ""]
+            pictures[f"{task}-starts.png"] = plot_starts(rows, task)
             if task == "digits":
                 lines += ["### With the key unmarked, where a network can only guess", ""]
                 lines += [*start_table(rows, task, "test_unmarked"), ""]
-            pictures[f"{task}-starts.png"] = plot_starts(rows, task)
             lines += [
                 f"### What reaches the backbone: {DATA[task]}",
                 "",

@@ -382,6 +382,17 @@ def test_what_padding_holds_is_in_no_gradient(positions: int, value: float) -> N
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("gradient", ["all", "last", "none"])
+def test_what_padding_holds_is_not_seen_by_a_conv1_of_several_positions(gradient: str) -> None:
+    unit = EMAUnit(8, 4).eval()
+    unit.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+    unit.gradient = gradient  # and with it whether conv1 is frozen
+    x, mask = torch.randn(1, 8, 5, 6), torch.ones(1, 5, 9, dtype=torch.bool)
+    mask[..., 6:] = False
+    expected, y = (unit(F.pad(x, (0, 3), value=value), mask=mask)[..., :6] for value in (0, math.nan))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
 def test_factory_arguments_reach_every_tensor() -> None:
     unit = EMAUnit(8, 4, dtype=torch.float64, device="meta")
     assert all(t.device.type == "meta" for t in unit.state_dict().values())
