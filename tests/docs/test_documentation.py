@@ -137,9 +137,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     tutorial = (tmp_path / "notebooks" / "tutorial.ipynb.html").read_text(encoding="utf-8")
     assert '<img alt="What the cell above shows" src="data:image/' in tutorial
     assert re.search(r'class="numbers">[\d.]+ \[', (tmp_path / "benchmarks.html").read_text(encoding="utf-8"))
-    # Neither roles nor literal double colons are left, and nothing is loaded from anywhere.
+    # Neither roles, double colons nor links where tables belong are left, and nothing is loaded from anywhere.
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
     assert not re.search(r":(func|class|meth):|::\s*<|``", reference)
     for page in tmp_path.rglob("*.html"):
         loads = r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=.?https?:"
-        assert not re.search(loads, page.read_text(encoding="utf-8")), page
+        assert not re.search(rf"{loads}|>Table: ", page.read_text(encoding="utf-8")), page
