@@ -148,7 +148,7 @@ def readme_table(rows: Rows) -> str:
     """The score of the blocks that are compared and have runs, and the commands that make it."""
     caption = (
         "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; percent on the test "
-        f"set, mean ± standard deviation over seeds; – is not trained yet. {NAMES}"
+        f"set, mean ± standard deviation over seeds; – is not trained. {NAMES}"
     )
     trained = [block for block in COMPARED if any(runs_of(rows, task, block) for task in TASKS)]
     return "\n".join([caption, "", *score_table(rows, trained), ""])

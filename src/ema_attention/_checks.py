@@ -14,6 +14,7 @@ from ema_attention._torch import autocasts
 
 GradientMode = Literal["all", "last", "none"]
 GRADIENT_MODES = get_args(GradientMode)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_arguments(
@@ -54,8 +55,7 @@ def check_arguments(
     for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a real floating point dtype; got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
     check_mask(mask, x)
@@ -102,16 +102,26 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
 
 
-def check_unit_settings(decay: float, layer_scale: float, channel_dim: int) -> None:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}")
+
+
+def check_decay(decay: float) -> None:
     check_number("decay", decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")
+
+
+def check_unit_settings(decay: float, layer_scale: float, channel_dim: int, dtype: torch.dtype) -> None:
+    check_decay(decay)
     check_number("layer_scale", layer_scale)
     if not (math.isfinite(layer_scale) and layer_scale >= 0):
         raise ValueError(f"layer_scale must be finite and at least 0; got {layer_scale}")
     check_integer("channel_dim", channel_dim)
     if channel_dim == 0:
         raise ValueError("channel_dim must not be 0, the batch dimension; got 0")
+    check_dtype("dtype", dtype)
 
 
 def check_group(name: str, group: object) -> None:
@@ -130,6 +140,6 @@ def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim:
             f"x must have 3 dimensions or more and {channels} channels in dimension {channel_dim}; got {tuple(x.shape)}"
             + (" (tokens need channel_dim=-1)" if dims == 3 and x.shape[-1] == channels else "")
         )
-    if x.dtype != dtype and not (x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)):
+    if x.dtype != dtype and not (x.dtype in DTYPES and x.dtype != torch.float64 and autocasts(x.device)):
         raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")
     check_mask(mask, move_dimension(x, channel_dim, 1))

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ema_attention._average import average_over_batch, average_over_ranks
 from ema_attention._checks import (
     GradientMode,
+    check_decay,
     check_group,
     check_positive_integers,
     check_settings,
@@ -147,7 +148,7 @@ class EMAUnit(nn.Module):
         check_settings(stages, scale, gradient)
         inner_channels = channels if inner_channels is None else inner_channels
         check_positive_integers(channels=channels, num_bases=num_bases, inner_channels=inner_channels)
-        check_unit_settings(decay, layer_scale, channel_dim)
+        check_unit_settings(decay, layer_scale, channel_dim, torch.get_default_dtype() if dtype is None else dtype)
         check_group("process_group", process_group)
         self.channels = channels
         self.num_bases = num_bases
@@ -223,7 +224,8 @@ class EMAUnit(nn.Module):
         """
         if isinstance(x, fx.Proxy) and x.tracer.root is not self:
             return call_as_leaf(self, x, mask)
-        check_settings(self.stages, self.scale, self.gradient)  # which may have been set since
+        check_settings(self.stages, self.scale, self.gradient)  # which may have been set since, as decay may
+        check_decay(self.decay)
         check_unit_input(x, mask, self.channels, self.channel_dim, self._dtype)
         features, layout = flatten(x, self.channel_dim)  # (B, C, N)
         start, moves = self._starting_bases(features)

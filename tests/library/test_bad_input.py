@@ -33,16 +33,17 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": lambda x: x[0, 0]}, ValueError, r"x must be \(B, C, \*spatial\) with C at least 1; got \(5, 6\)"),
     ({"x": lambda x: x[:, :0]}, ValueError, r"C at least 1; got \(2, 0, 5, 6\)"),
     ({"x": lambda x: x[:, :3]}, ValueError, r"weight must be \(C', C\) with C = 3 as in x; got \(3, 4\)"),
-    ({"x": lambda x: x.long()}, TypeError, "x must be of a real floating point dtype; got torch.int64"),
-    ({"x": lambda x: x > 0}, TypeError, "x must be of a real floating point dtype; got torch.bool"),
-    ({"x": lambda x: x.cfloat()}, TypeError, "x must be of a real floating point dtype; got torch.complex64"),
+    ({"x": lambda x: x.long()}, TypeError, "x must be float16, bfloat16, float32 or float64; got torch.int64"),
+    ({"x": lambda x: x.to(torch.float8_e5m2)}, TypeError, "x must be float16, .* or float64; got torch.float8_e5m2"),
+    ({"x": lambda x: x > 0}, TypeError, "x must be float16, bfloat16, float32 or float64; got torch.bool"),
+    ({"x": lambda x: x.cfloat()}, TypeError, "x must be float16, bfloat16, float32 or float64; got torch.complex64"),
     ({"x": lambda x: x.numpy()}, TypeError, "x must be a Tensor; got ndarray"),
     ({"mu": lambda mu: mu.tolist()}, TypeError, "mu must be a Tensor; got list"),
     ({"mu": lambda mu: mu[:2]}, ValueError, r"mu must be .* C' = 3, B = 2 and K at least 1; got \(2, 2\)"),
     ({"mu": lambda mu: mu[:, :0]}, ValueError, r"K at least 1; got \(3, 0\)"),
     ({"mu": lambda mu: mu[:, 0]}, ValueError, r"mu must be .*; got \(3,\)"),
     ({"mu": lambda mu: mu.expand(5, 3, 2)}, ValueError, r"mu must be .* B = 2 .*; got \(5, 3, 2\)"),
-    ({"mu": lambda mu: mu.long()}, TypeError, "mu must be of a real floating point dtype; got torch.int64"),
+    ({"mu": lambda mu: mu.long()}, TypeError, "mu must be float16, bfloat16, float32 or float64; got torch.int64"),
     ({"mu": lambda mu: mu.to("meta")}, ValueError, "mu must be on the device of x, cpu; got meta"),
     ({"stages": 0}, ValueError, "stages must be at least 1; got 0"),
     ({"stages": -1}, ValueError, "stages must be at least 1; got -1"),
@@ -59,10 +60,14 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mask": lambda mask: mask.numpy()}, TypeError, "mask must be a Tensor; got ndarray"),
     ({"mask": lambda mask: mask.to("meta")}, ValueError, "mask must be on the device of x, cpu; got meta"),
     ({"weight": lambda weight: weight[None]}, ValueError, r"weight must be \(C', C\).*; got \(1, 3, 4\)"),
-    ({"weight": lambda weight: weight.int()}, TypeError, "weight must be of a real floating point dtype"),
+    ({"weight": lambda weight: weight.int()}, TypeError, "weight must be float16, bfloat16, float32 or float64"),
     ({"weight": None}, ValueError, "bias needs a weight to go with; got weight=None"),
     ({"bias": lambda bias: bias[:2]}, ValueError, r"bias must be \(C',\) = \(3,\) as in weight; got \(2,\)"),
-    ({"bias": lambda bias: bias.int()}, TypeError, "bias must be of a real floating point dtype; got torch.int32"),
+    (
+        {"bias": lambda bias: bias.int()},
+        TypeError,
+        "bias must be float16, bfloat16, float32 or float64; got torch.int32",
+    ),
 ]
 
 
@@ -85,6 +90,7 @@ UNIT_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (torch.ones(2, 4, 6, dtype=torch.long), TypeError, "x must have the dtype of the unit, torch.float32; got .*int64"),
     (torch.randn(2, 4, 6).double(), TypeError, "x must have the dtype of the unit, torch.float32; got torch.float64"),
     (torch.randn(2, 4, 6).half(), TypeError, "x must have the dtype of the unit, torch.float32; got torch.float16"),
+    (torch.randn(2, 4, 6).to(torch.float8_e5m2), TypeError, "x must have the dtype of the unit.*; got .*float8_e5m2"),
     (torch.randn(2, 4, 6).cfloat(), TypeError, "x must have the dtype of the unit, torch.float32; got torch.complex64"),
 ]
 

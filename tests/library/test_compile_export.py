@@ -70,6 +70,16 @@ def test_compiles_with_a_scale_that_varies() -> None:
         em_attention(x, mu, 3, scale=-2.0)
 
 
+def test_compiles_with_a_decay_that_varies() -> None:
+    x = torch.randn(2, 8, 6, 7)
+    unit, reference = unit_and_reference()
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager")
+    for decay in (0.9, 0.5, 0.99, 1.0):
+        unit.decay = reference.decay = decay
+        torch.testing.assert_close(compiled(x), reference(x))
+        torch.testing.assert_close(unit.mu, reference.mu)
+
+
 def test_compiles_channels_last_tokens_and_masks() -> None:
     for options, x in (
         ({}, torch.randn(2, 8, 6, 7).to(memory_format=torch.channels_last)),

@@ -427,6 +427,7 @@ def test_other_norms_fit(norm_layer) -> None:
         ({"stages": 2.5}, TypeError, "stages must be an int; got float"),
         ({"decay": 1.5}, ValueError, "decay must be from 0 to 1; got 1.5"),
         ({"decay": float("nan")}, ValueError, "decay must be from 0 to 1; got nan"),
+        ({"dtype": torch.complex64}, TypeError, "dtype must be float16, .* or float64; got torch.complex64"),
         ({"layer_scale": -0.1}, ValueError, "layer_scale must be finite and at least 0; got -0.1"),
         ({"layer_scale": float("inf")}, ValueError, "layer_scale must be finite and at least 0; got inf"),
         ({"layer_scale": True}, TypeError, "layer_scale must be a float; got bool"),
@@ -479,6 +480,7 @@ def test_settings_are_attributes_and_in_the_repr() -> None:
         ("stages", 2.0, TypeError),
         ("scale", -1.0, ValueError),
         ("scale", math.inf, ValueError),
+        ("decay", 1.5, ValueError),
     ],
 )
 def test_settings_that_are_set_later_are_checked_too(name: str, value: float, error: type[Exception]) -> None:
