@@ -13,6 +13,7 @@ from ema_attention._layout import move_dimension
 from ema_attention._torch import autocasts
 
 GradientMode = Literal["all", "last", "none"]
+"""What of EM is differentiated: every stage, the last one, or nothing."""
 GRADIENT_MODES = get_args(GradientMode)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,8 +30,8 @@ def check_arguments(
 ) -> None:
     check_settings(stages, scale, gradient)
     for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
+        if tensor is not None:
+            check_tensor(name, tensor)
     if x.dim() < 3 or x.shape[1] < 1:
         raise ValueError(f"x must be (B, C, *spatial) with C at least 1; got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
@@ -65,14 +66,18 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
     """Raises if ``mask`` is not a bool tensor over the positions of x (B, C, *spatial)."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor; got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where a position takes part; got {mask.dtype}")
     if mask.device != x.device:
         raise ValueError(f"mask must be on the device of x, {x.device}; got {mask.device}")
     if mask.shape != x.shape[:1] + x.shape[2:]:
         raise ValueError(f"mask must be (B, *spatial) = {tuple(x.shape[:1] + x.shape[2:])}; got {tuple(mask.shape)}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
 
 
 def check_settings(stages: int, scale: float, gradient: str) -> None:
@@ -132,8 +137,7 @@ def check_group(name: str, group: object) -> None:
 
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:
     """Raises for an input that a unit for ``channels`` in ``channel_dim``, with parameters of ``dtype``, refuses."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    check_tensor("x", x)
     dims = x.dim()
     if dims < 3 or not -dims <= channel_dim < dims or channel_dim % dims == 0 or x.shape[channel_dim] != channels:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ema_attention._checks import check_arguments
+from ema_attention._checks import check_arguments, check_tensor
 from ema_attention._layout import flatten
 from ema_attention._steps import Problem, expectation, maximization, prepare, statistics
 from ema_attention._torch import at_least_float32, without_autocast
@@ -76,6 +76,7 @@ class TiledEMAttention:
         Raises:
             ValueError: for a tile that is not finite, besides what :func:`em_attention` raises.
         """
+        check_tensor("x", x)
         with without_autocast(x.device):
             problem, mu = self._prepare(x, self._mu, mask)
             sums = statistics(problem, expectation(problem, mu)).cpu().double()
@@ -93,6 +94,7 @@ class TiledEMAttention:
         if self._sums is None:
             raise ValueError("step needs the tiles of a stage; got none since the last step")
         weight, bias = (None if p is None else p.cpu() for p in (self._weight, self._bias))
+        # Of the problem maximization takes the projection, in the dtype of the sums that stand for x here.
         problem, _ = prepare(self._sums, self._mu, self._scale, None, weight, bias)
         with without_autocast(self._mu.device):
             self._mu_before, self._mu = self._mu, maximization(problem, self._sums.clone(), self._mu)
@@ -105,6 +107,7 @@ class TiledEMAttention:
         Raises:
             ValueError: before the first stage has ended.
         """
+        check_tensor("x", x)
         if self._mu_before is None:
             raise ValueError("attend needs a stage to have ended; got no step yet")
         with without_autocast(x.device):

@@ -162,6 +162,9 @@ def test_errors_say_what_was_expected() -> None:
         em.step()
     with pytest.raises(ValueError, match="attend needs a stage to have ended; got no step"):
         em.attend(x)
+    for tile in (em.add, em.attend):
+        with pytest.raises(TypeError, match="x must be a Tensor; got ndarray"):
+            tile(x.numpy())
     with pytest.raises(ValueError, match=r"mu must be .* C' = 3.*; got \(1, 4, 2\)"):
         em.add(x[:, :3])
     with pytest.raises(ValueError, match=r"mask must be \(B, \*spatial\) = \(1, 5\); got \(1, 4\)"):
