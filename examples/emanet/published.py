@@ -93,7 +93,7 @@ def load_network(path: Path | str) -> Loaded:
         raise ValueError(f"{path} must have a state_dict under {WEIGHTS[format]!r}; it has something else")
     try:
         weights = rename(weights, {theirs: ours for ours, theirs in NAMES[format].items()})
-        network = entries["network"] if "network" in entries else describe(weights)
+        network = entries.get("network") or describe(weights)
         if format == "official":
             network["multi_grid"] = MEANT[format]["multi_grid"]
         with torch.device("meta"):

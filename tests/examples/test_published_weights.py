@@ -298,6 +298,13 @@ def test_a_network_with_torchvisions_stem_has_its_names_in_mmsegmentation(tmp_pa
     assert torch.equal(backbone["bn1.running_var"], model.backbone.bn1.running_var)
 
 
+def test_a_checkpoint_that_does_not_say_how_its_network_is_built_is_read_from_its_weights(tmp_path: Path) -> None:
+    model = emanet("resnet50", num_classes=3, channels=8, num_bases=4)
+    torch.save({"model": model.state_dict(), "network": None}, tmp_path / "ours.pt")  # as fit saves it without
+    found = load_network(tmp_path / "ours.pt").network
+    assert (found["backbone"], found["num_classes"], found["channels"], found["num_bases"]) == ("resnet50", 3, 8, 4)
+
+
 @pytest.mark.parametrize("format", SHAPES)
 @pytest.mark.parametrize(
     ("change", "message"),
