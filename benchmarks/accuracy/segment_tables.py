@@ -18,11 +18,11 @@ ADAPTED = "joint EM, then 3 stages on each frame"
 KMEANS = "MiniBatchKMeans"
 AFRESH = "EM afresh in each frame"
 METHODS = {
-    JOINT: "bases found on all training frames together, 12 stages; each position gets the strongest of them",
-    SOFT: "the same with scale 10",
-    ADAPTED: "from these bases three stages more on each frame alone, in training for the vote and in validation",
-    KMEANS: "scikit-learn's, with batches of 16,384 positions, on the features of all training frames",
-    AFRESH: "15 stages on each frame alone; each basis has the class of the most similar joint basis",
+    JOINT: "bases found on all training frames together, {joint_stages} stages; each position gets the strongest",
+    SOFT: "the same with scale {demo_scale:g}",
+    ADAPTED: "from these bases {frame_stages} stages more on each frame alone, both in training and in validation",
+    KMEANS: "scikit-learn's, with batches of {batch:,} positions, on the features of all training frames",
+    AFRESH: "{lone_stages} stages on each frame alone; each basis has the class of the most similar joint basis",
 }
 FITTED = (JOINT, SOFT, KMEANS)
 
@@ -41,7 +41,7 @@ def report(results: dict[str, Any]) -> str:
     """The page: scores, seconds, and the classes."""
     env, settings = results["environment"], results["settings"]
     frames, bases = settings["frames"], all_bases(results)
-    height, width = settings["size"]
+    (height, width), stride = settings["size"], settings["stride"]
     seeds = sorted({row["seed"] for row in results["rows"]})
 
     def cells(value: Callable[[Sequence[dict[str, Any]]], str], methods: Sequence[str]) -> list[list[str]]:
@@ -57,13 +57,13 @@ def report(results: dict[str, Any]) -> str:
         "# The maps as segments",
         "",
         "What K maps say about classes when nobody has trained them. The features are those of the demo, of",
-        f"EfficientNet-Lite0 with ImageNet's weights: {settings['channels']} channels at {width // 8}×{height // 8}",
-        f"positions of CamVid's frames, {width}×{height}; less their mean over all training positions, then of",
-        f"length 1. Bases are found without labels in the {frames['train']} training frames. Then each basis gets the",
-        f"class that most of its pixels have there. Scores are those of the {frames['val']} validation frames. Every",
-        "position stands for its 8×8 pixels.",
+        f"EfficientNet-Lite0 with ImageNet's weights: {settings['channels']} channels at {width // stride}×"
+        f"{height // stride} positions of CamVid's frames, {width}×{height}; less their mean over all training",
+        f"positions, then of length 1. Bases are found without labels in the {frames['train']} training frames. Then",
+        "each basis gets the class that most of its pixels have there. Scores are those of the "
+        f"{frames['val']} validation frames. Every position stands for its {stride}×{stride} pixels.",
         "",
-        *(f"- *{method}*: {what}." for method, what in METHODS.items()),
+        *(f"- *{method}*: {what.format(**settings)}." for method, what in METHODS.items()),
         "",
         f"EM starts from K positions drawn at random. Its scale is {settings['scale']:g}, with which joint EM has the",
         f"best mIoU in training at K = {settings['scale_bases']} ({scales}).",

@@ -257,6 +257,12 @@ def measure(root: Path) -> tuple[dict[str, Any], Figure]:
         "scale": scale,
         "scales": {f"{scale:g}": score for scale, score in scales.items()},
         "scale_bases": SCALE_BASES,
+        "stride": STRIDE,
+        "joint_stages": TOGETHER,
+        "frame_stages": STAGES,
+        "lone_stages": TOGETHER + STAGES,
+        "demo_scale": DEMO_SCALE,
+        "batch": BATCH,
     }
     results = {
         "environment": {**environment(), "scikit-learn": sklearn.__version__},

@@ -171,10 +171,23 @@ def made_up() -> dict[str, Any]:
         }
         return {"method": method, "bases": bases, "seed": seed, "iou": iou, "oracle": [0.5] * 11, **costs}
 
-    scales = {"scales": {"10": 0.25, "40": 0.275}, "scale_bases": 64}
+    settings = {
+        "frames": {"train": 3, "val": 2},
+        "size": [360, 480],
+        "channels": 112,
+        "scale": 40.0,
+        "scales": {"10": 0.25, "40": 0.275},
+        "scale_bases": 64,
+        "stride": 8,
+        "joint_stages": 9,
+        "frame_stages": 2,
+        "lone_stages": 11,
+        "demo_scale": 10.0,
+        "batch": 1024,
+    }
     return {
         "environment": {"machine": "a machine", "threads": 1, "torch": "2.14", "scikit-learn": "1.9"},
-        "settings": {"frames": {"train": 3, "val": 2}, "size": [360, 480], "channels": 112, "scale": 40.0, **scales},
+        "settings": settings,
         "features": {"median": 0.25},
         "bounds": {"floor": [0.03] * 11, "ceiling": [0.9] * 11},
         "rows": [row(method, bases, seed) for method in METHODS for bases in (6, 16) for seed in (0, 1, 2)],
@@ -185,6 +198,9 @@ def test_the_page_has_means_and_deviations_over_the_seeds() -> None:
     page = report(made_up())
     intro, scores, oracle, fit, repeated, frame, *_ = page.split("\n## ")
     assert "mIoU in training at K = 64 (10: 25.0, 40: 27.5)." in intro
+    assert "channels at 60×45 positions of CamVid's frames, 480×360;" in intro
+    assert "on all training frames together, 9 stages;" in intro
+    assert f"- *{AFRESH}*: 11 stages on each frame alone;" in intro
     for method in METHODS:
         assert f"| {method} | 30.0 ± 10.0 | 30.0 ± 10.0 |" in scores
         assert f"| {method} | 50.0 ± 0.0 | 50.0 ± 0.0 |" in oracle
