@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.gradient_plots import STYLES
 from benchmarks.accuracy.scores import spread
 from benchmarks.accuracy.sweep_runs import FOLDER
-from benchmarks.accuracy.tasks import BETTER_START, TASKS
+from benchmarks.accuracy.tasks import RECOMMENDED, TASKS
 from benchmarks.blocks import PUBLISHED, TRAINED, unit_name
 from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
@@ -40,7 +40,7 @@ from examples.digit_scenes import DigitScenes, ShortSightedNet
 
 TASK = TASKS["digits"]
 BEFORE = "before"
-INSERTED = ("no block", PUBLISHED, unit_name("all", 0), BETTER_START, unit_name("all", 1))
+INSERTED = ("no block", PUBLISHED, unit_name("all", 0), RECOMMENDED, unit_name("all", 1))
 SHARES = {share: f"lr {share * TASK.recipe.lr:g}" for share in (1.0, 0.1)}
 """What shares of the first training's learning rate are called."""
 SEEDS = 3

@@ -11,7 +11,7 @@ import torch
 from benchmarks.accuracy.gradients import early
 from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
 from benchmarks.accuracy.sweep_runs import Rows, run_of
-from benchmarks.accuracy.tasks import BETTER_START, COMPARED, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES
+from benchmarks.accuracy.tasks import COMPARED, FULL_SIZE_RATES, LEADING, RECOMMENDED, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, NUM_STAGES, unit_name
 from benchmarks.reporting import markdown_table, milliseconds
 from examples.emanet.data import CAMVID_NAMES
@@ -27,8 +27,8 @@ SCORES = {task: f"{data}, {'IoU of the wanted digits' if task == 'digits' else '
 
 NAMES = (
     "The word behind EMAUnit is its `gradient`, and γ is its `layer_scale`: the weight that its last norm starts with. "
-    "As published they are `none` and 1. Non-local's last norm and DANet's gains start at 0, as in their papers. "
-    "*Gain from 1* is DANet with gains that start at 1."
+    "*EMAUnit as published* has the defaults, `none` and 1. Non-local's last norm and DANet's gains start at 0, as in "
+    "their papers. *Gain from 1* is DANet with gains that start at 1."
 )
 """What the names of the blocks mean."""
 
@@ -114,18 +114,18 @@ def full_size_rate_table(rows: Rows) -> list[str]:
     return markdown_table(["learning rate", "best mIoU on val"], cells)
 
 
-def ablation_table(runs: dict[str, Rows], better_start: str) -> list[str]:
+def ablation_table(runs: dict[str, Rows], label: str) -> list[str]:
     """The mIoU of what was varied: mean ± standard deviation over seeds; and what the runs have in common.
 
     Args:
         runs: of each block.
-        better_start: what ``BETTER_START`` is called among the others.
+        label: what ``RECOMMENDED`` is called among the others.
     """
     seeds = sorted({run["seed"] for found in runs.values() for run in found})
-    names = {BETTER_START: better_start}
+    names = {RECOMMENDED: label}
     cells = [[names.get(block, block), spread(scores_of(found))] for block, found in runs.items()]
     return [
-        f"{better_start} is {BETTER_START}, with K = {NUM_BASES} and T = {NUM_STAGES}. The others change one thing"
+        f"{label} is {RECOMMENDED}, with K = {NUM_BASES} and T = {NUM_STAGES}. The others change one thing"
         f"{', or have no block' if 'no block' in runs else ''}. {DATA['mobilenet']},",
         f"the same recipe; seeds: {', '.join(map(str, seeds))}.",
         "",

@@ -22,24 +22,24 @@ from examples.digit_scenes import SIZE, DigitScenes, ShortSightedNet
 from examples.emanet.data import CAMVID_NAMES, augmentation, camvid
 from examples.emanet.model import EMANet
 
-BETTER_START = unit_name("all", 0.25)
-"""The unit with the start and the gradient that learn both tasks. The ablations vary it."""
-LEADING = (BETTER_START, PUBLISHED, "no block", "Non-local")
+RECOMMENDED = unit_name("all", 0.25)
+"""The unit with the settings that README recommends to train with. The ablations vary it."""
+LEADING = (RECOMMENDED, PUBLISHED, "no block", "Non-local")
 """What is trained first, and in the tasks ``TWO_RATES`` also at half the learning rate."""
 TWO_RATES = ("digits", "mobilenet")
-COMPARED = ("no block", "Non-local", "DANet (PAM + CAM)", "DANet, gain from 1", "Hamburger", PUBLISHED, BETTER_START)
+COMPARED = ("no block", "Non-local", "DANet (PAM + CAM)", "DANet, gain from 1", "Hamburger", PUBLISHED, RECOMMENDED)
 """What the README's table, the costs and the learning curves show."""
-RUN_OF_BASES = {16: "K = 16", 32: "K = 32", 64: BETTER_START, 128: "K = 128"}
+RUN_OF_BASES = {16: "K = 16", 32: "K = 32", 64: RECOMMENDED, 128: "K = 128"}
 """The run of each number of bases K."""
-RUN_OF_STAGES = {1: "T = 1", 2: "T = 2", 3: BETTER_START, 4: "T = 4", 5: "T = 5"}
+RUN_OF_STAGES = {1: "T = 1", 2: "T = 2", 3: RECOMMENDED, 4: "T = 4", 5: "T = 5"}
 """The run of each number of stages T in training."""
 EVALUATED_STAGES = range(1, 9)
 FIXED_BASES = "fixed bases"
 """The run without the moving average: every sample starts from the bases drawn at the start."""
 ABLATIONS: dict[str, MakeBlock] = {
-    **{name: partial(TRAINED[BETTER_START], num_bases=k) for k, name in RUN_OF_BASES.items() if name != BETTER_START},
-    **{name: partial(TRAINED[BETTER_START], stages=t) for t, name in RUN_OF_STAGES.items() if name != BETTER_START},
-    FIXED_BASES: partial(TRAINED[BETTER_START], decay=1.0),
+    **{name: partial(TRAINED[RECOMMENDED], num_bases=k) for k, name in RUN_OF_BASES.items() if name != RECOMMENDED},
+    **{name: partial(TRAINED[RECOMMENDED], stages=t) for t, name in RUN_OF_STAGES.items() if name != RECOMMENDED},
+    FIXED_BASES: partial(TRAINED[RECOMMENDED], decay=1.0),
 }
 
 
@@ -124,7 +124,7 @@ def load_imagenet(features: nn.Module) -> None:
     features.load_state_dict(state | dict(zip(names, values, strict=True)))
 
 
-FULL_SIZE_BLOCKS = ("no block", "Non-local", "Hamburger", PUBLISHED, BETTER_START)
+FULL_SIZE_BLOCKS = ("no block", "Non-local", "Hamburger", PUBLISHED, RECOMMENDED)
 FULL_SIZE_RATES = (0.02, 0.04, 0.08)
 """The learning rates that ``camvid-full`` is tried with, without a block and with seed 0."""
 TASKS: dict[str, Task] = {

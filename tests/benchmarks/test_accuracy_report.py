@@ -12,7 +12,7 @@ import pytest
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.score_tables import readme_table
 from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, planned_runs, read_rows
-from benchmarks.accuracy.tasks import BETTER_START, EVALUATED_STAGES, RUN_OF_STAGES, TASKS, TWO_RATES
+from benchmarks.accuracy.tasks import EVALUATED_STAGES, RECOMMENDED, RUN_OF_STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, unit_name
 from examples.emanet.data import CAMVID_NAMES
 from tests.benchmarks import made_up_rows
@@ -85,13 +85,13 @@ def test_start_and_gradient_are_a_table_and_a_line_for_each_gradient() -> None:
 
 
 def test_gradients_and_small_classes_are_lines_over_the_steps() -> None:
-    rows = [row("mobilenet", BETTER_START, seed, 0.2 + seed / 5) for seed in range(2)]  # 0.2 and 0.4
+    rows = [row("mobilenet", RECOMMENDED, seed, 0.2 + seed / 5) for seed in range(2)]  # 0.2 and 0.4
     rows[0]["gradients"]["4"]["branch"] = [0.0]
     rows[1]["gradients"]["4"]["branch"] = [0.0]  # not on a logarithmic axis
     for made in rows:
         made["gradients"]["16"]["stages"] = [0.0, 0.0]
         made["val"]["10"][CAMVID_NAMES.index("pedestrian")] += 0.1
-    lonely = row("mobilenet", BETTER_START, 2, 0.9)  # no block lacks its seed
+    lonely = row("mobilenet", RECOMMENDED, 2, 0.9)  # no block lacks its seed
     rows += [row("mobilenet", "no block", seed, 0.1) for seed in range(2)] + [lonely]
     text, pictures = accuracy.report(rows, COSTS)
     assert pictures["mobilenet-small.png"].get_suptitle() == "seeds: 0, 1"

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.accuracy import insertion
 from benchmarks.accuracy.insertion import BEFORE, INSERTED, SHARES, TASK, Result, report, results
 from benchmarks.accuracy.sweep_runs import FOLDER
-from benchmarks.accuracy.tasks import BETTER_START
+from benchmarks.accuracy.tasks import RECOMMENDED
 from benchmarks.blocks import PUBLISHED, unit_name
 from examples._common import runs
 from examples.digit_scenes import DigitScenes
@@ -37,7 +37,7 @@ def test_the_block_is_put_into_the_trained_network(tmp_path: Path, monkeypatch: 
     scores = {result.block: result.test for result in inserted if result.share == 0}
     assert list(scores) == list(INSERTED)
     assert scores["no block"] == scores[unit_name("all", 0)] == before.test
-    loud = {scores[PUBLISHED], scores[unit_name("all", 1)], scores[BETTER_START]}
+    loud = {scores[PUBLISHED], scores[unit_name("all", 1)], scores[RECOMMENDED]}
     assert before.test not in loud
     assert len(loud) == 2  # γ 1 is the same forward with either gradient
     gammas = {result.block: result.gamma for result in inserted if result.share == 0}
@@ -45,7 +45,7 @@ def test_the_block_is_put_into_the_trained_network(tmp_path: Path, monkeypatch: 
         "no block": None,
         PUBLISHED: 1,
         unit_name("all", 0): 0,
-        BETTER_START: 0.25,
+        RECOMMENDED: 0.25,
         unit_name("all", 1): 1,
     }
     unmoved = {result.val[0] for result in inserted if result.block in ("no block", unit_name("all", 0))}

@@ -20,7 +20,7 @@ from torchvision.models import mobilenet_v2
 
 from benchmarks.accuracy import sweep, tasks
 from benchmarks.accuracy.sweep_runs import Run, add_row, missing_runs, planned_runs, read_rows, run_of
-from benchmarks.accuracy.tasks import ABLATIONS, BETTER_START, FULL_SIZE_RATES, LEADING, TASKS, TWO_RATES, Task
+from benchmarks.accuracy.tasks import ABLATIONS, FULL_SIZE_RATES, LEADING, RECOMMENDED, TASKS, TWO_RATES, Task
 from benchmarks.blocks import GAMMAS, GRADIENTS, PUBLISHED, TRAINED
 from examples._common import runs
 from examples._common.evaluation import evaluate, mean_iou
@@ -80,7 +80,7 @@ def test_each_unit_starts_with_its_gradient_and_weight() -> None:
             assert len(weights) == 1
             starts[name] = (unit.gradient, round(weights[0], 6))
     assert starts[PUBLISHED] == ("none", 1)
-    assert starts[BETTER_START] == ("all", 0.25)
+    assert starts[RECOMMENDED] == ("all", 0.25)
     assert sorted(starts.values()) == sorted((gradient, gamma) for gradient in GRADIENTS for gamma in GAMMAS)
     for name, make in ABLATIONS.items():
         unit = make(16)
@@ -202,23 +202,23 @@ def test_a_run_is_chosen_on_val_and_looks_at_test_once(tmp_path: Path, monkeypat
     )
     monkeypatch.setitem(TASKS, "digits", tiny)
     folder = tmp_path / "run"
-    made = sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
+    made = sweep.train_run(Run("digits", RECOMMENDED, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
     assert looked_at == [("val", True)] * 4 + [("test", True), ("test", False)]
-    assert (made["task"], made["block"], made["seed"], made["recipe"]["seed"]) == ("digits", BETTER_START, 7, 7)
+    assert (made["task"], made["block"], made["seed"], made["recipe"]["seed"]) == ("digits", RECOMMENDED, 7, 7)
     assert run_of(made).lr == made["recipe"]["lr"] == 0.15
     assert load_checkpoint(folder / "last.pt")["recipe"]["lr"] == 0.15
     assert json.loads(json.dumps(made))["val"].keys() == {"2", "4", "6", "8"}
     assert made["gradients"].keys() == {1, 2, 4, 8}
     scores = {step: mean_iou(iou) for step, iou in made["val"].items()}
     assert made["best_step"] == max(scores, key=scores.get)
-    model = network(TRAINED[BETTER_START])
+    model = network(TRAINED[RECOMMENDED])
     model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
     assert made["test"] == evaluate(model, data(None, "test")).tolist()
     monkeypatch.setattr(sweep, "COMMIT", "another")
     with pytest.raises(ValueError, match=r"last\.pt is of a run with commit = \w+.*; got commit = another"):
-        sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
+        sweep.train_run(Run("digits", RECOMMENDED, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
     monkeypatch.setattr(sweep, "COMMIT", made["commit"])
-    again = sweep.train_run(Run("digits", BETTER_START, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
+    again = sweep.train_run(Run("digits", RECOMMENDED, 7, 0.15), None, folder, "cpu", torch.get_num_threads())
     assert again["gradients"] == made["gradients"]  # of a run that was done, and had no row yet
 
 
