@@ -302,8 +302,9 @@ def quicker_blocks(table: dict) -> str:
     rows = table["blocks"]
     limit = rows["EMAUnit"]["forward"]["median"]
     others = [name for name in rows if not name.startswith("EMA") and rows[name]["forward"]["median"] < limit]
-    return f" Of the report's other blocks, these take less time for it than EMAUnit: {', '.join(others)}." * bool(
-        others
+    return (
+        f" Of the report's other blocks, these take less time for a forward than EMAUnit: {', '.join(others)}."
+        * bool(others)
     )
 
 

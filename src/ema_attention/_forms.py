@@ -78,9 +78,9 @@ def projection_form(
 ) -> Literal["folded", "multiplied", "called"]:
     """How EM gets conv1(x) of x (B, C, N): with conv1 folded into the bases, as a product, or by calling conv1.
 
-    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But a GPU convolves on its tensor cores,
-    in half precision and by default in float32 (TF32). The float32 products with the bases gain from neither. So
-    conv1 is called there.
+    Folding takes 2TK·C·C' multiply-accumulates a sample, calling N·C·C'. But CUDA convolves on tensor cores, in half
+    precision and by default in float32 (TF32). The float32 products with the bases gain from neither. So conv1 is
+    called there, which is not measured.
     """
     if not is_pointwise(conv1):
         return "called"
