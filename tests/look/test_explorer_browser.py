@@ -301,6 +301,26 @@ def test_a_signal_and_a_volume(visit):
     assert page.inner_text("#slice-label") == "Slice 2 (0 to 2)"
 
 
+def test_all_units_show_the_same_slice_of_a_volume(visit):
+    model = nn.Sequential(
+        nn.Conv3d(2, 8, 1), EMAUnit(8, 3), nn.Conv3d(8, 8, (2, 1, 1), (2, 1, 1)), EMAUnit(8, 4, gradient="all")
+    )
+    page = visit(explore_attention(model, torch.rand(1, 2, 4, 5, 6), [torch.rand(3, 4, 40, 48)]))
+    shown = "all => all.map((stack) => [...stack.querySelectorAll('img')].findIndex((frame) => !frame.hidden))"
+    for index in (3, 0, 2):
+        hover(page, 0, 0, 0, (5, 6))
+        page.mouse.down()
+        page.mouse.up()
+        page.locator("#slice").fill(str(index))
+        assert page.locator(".stack").evaluate_all(shown) == [index, index // 2]
+        assert page.locator(".cell:visible").count() == 2
+    hover(page, 4, 3, 1, (5, 6))
+    page.mouse.down()
+    page.mouse.up()
+    page.locator("#slice").fill("0")
+    assert page.locator(".stack").evaluate_all(shown) == [1, 0]
+
+
 def test_a_position_that_takes_no_part_says_so(visit):
     mask = torch.ones(1, 6, 8, dtype=torch.bool)
     mask[..., 5:] = False
