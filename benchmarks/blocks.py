@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import slow
-from ema_attention import EMAUnit
+from ema_attention import EMAUnit, GradientMode
 from ema_attention._forms import FOLDS_FROM
 from tests.plain import PublishedEMAU
 
@@ -178,11 +178,18 @@ class Block(NamedTuple):
     parameters: Callable[[int], int]
     """Their number, for C."""
     macs: Callable[[int, int, int], int]
-    """Multiply-accumulates of an eval forward of one sample, for C, H and W."""
+    """Multiply-accumulates of an eval forward of one sample on a CPU, for C, H and W."""
     forward_of: str | None = None
     """The block that has the same forward. Only the gradients of the two differ."""
     sizes: tuple[tuple[int, int], ...] = ((4, 5),)
     """(H, W) where it is compared with its slow form and its formulas: one for each form that it runs in."""
+    cuda_macs: Callable[[int, int, int], int] | None = None
+    """The same as ``macs`` on CUDA, where other products run there."""
+
+    def macs_on(self, device: str, channels: int, height: int, width: int) -> int:
+        """Multiply-accumulates of an eval forward of one sample on a device."""
+        on_cuda = self.cuda_macs if torch.device(device).type == "cuda" else None
+        return (on_cuda or self.macs)(channels, height, width)
 
 
 def _emau(channels: int) -> int:
@@ -232,14 +239,20 @@ def _criss_cross_macs(c: int, h: int, w: int) -> int:
     return 2 * (5 * c**2 * n // 4 + n * (h + w) * (c // 8 + c))
 
 
-_UNIT_SIZES = ((4, 5), (45, 46))  # few positions, and enough for every form that saves time or memory
+UNIT_SIZES = ((4, 5), (45, 46))
+"""Few positions, and enough for every form of the unit that saves time or memory."""
 
 BLOCKS: dict[str, Block] = {
     "EMAU as published": Block(
         partial(PublishedEMAU, num_bases=NUM_BASES, stages=NUM_STAGES), slow.emau, _emau, _emau_macs
     ),
     "EMAUnit": Block(
-        partial(EMAUnit, num_bases=NUM_BASES, stages=NUM_STAGES), slow.emau, _emau, _unit_macs, sizes=_UNIT_SIZES
+        partial(EMAUnit, num_bases=NUM_BASES, stages=NUM_STAGES),
+        slow.emau,
+        _emau,
+        _unit_macs,
+        sizes=UNIT_SIZES,
+        cuda_macs=_emau_macs,  # conv1 is always run there
     ),
     'EMAUnit, gradient="all"': Block(
         partial(EMAUnit, num_bases=NUM_BASES, stages=NUM_STAGES, gradient="all"),
@@ -247,7 +260,8 @@ BLOCKS: dict[str, Block] = {
         _emau,
         _unit_macs,
         forward_of="EMAUnit",
-        sizes=_UNIT_SIZES,
+        sizes=UNIT_SIZES,
+        cuda_macs=_emau_macs,
     ),
     "Non-local": Block(NonLocal, slow.non_local, _non_local, _non_local_macs),
     "Non-local, sub-sampled": Block(
@@ -283,7 +297,7 @@ def unit_name(gradient: str, gamma: float) -> str:
     return PUBLISHED if (gradient, gamma) == ("none", 1) else f"EMAUnit, {gradient}, γ {gamma:g}"
 
 
-GRADIENTS = ("none", "last", "all")
+GRADIENTS: tuple[GradientMode, ...] = ("none", "last", "all")
 GAMMAS = (0, 0.1, 0.25, 0.5, 1)
 TRAINED: dict[str, MakeBlock] = {
     "no block": lambda channels: nn.Identity(),

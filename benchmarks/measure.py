@@ -68,7 +68,7 @@ def _failure_at(block: Block, height: int, width: int, device: str) -> str | Non
                 return f"its {name} in {mode} mode is off its slow form's by {error:.1e}"
     counts = {
         "parameters": (parameters(module), block.parameters(channels)),
-        "MACs": (macs(module.eval(), x[:1]), block.macs(channels, height, width)),
+        "MACs": (macs(module.eval(), x[:1]), block.macs_on(device, channels, height, width)),
     }
     for name, (counted, formula) in counts.items():
         if counted != formula:
@@ -125,12 +125,14 @@ def memory(call: Callable[[], Tensor], device: str = "cpu") -> Memory:
     timing, so the numbers are the same in every run.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         out = call()
-        torch.cuda.synchronize()
-        peak, after = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        torch.cuda.synchronize(device)
+        peak, after = (
+            count(device) - before for count in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated)
+        )
     else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             out = call()
@@ -161,7 +163,7 @@ def held_for_backward(
 def synchronize(device: str) -> None:
     """Waits for what was launched on a GPU; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def interleaved(

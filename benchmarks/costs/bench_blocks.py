@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def macs(self) -> int:
-        return self.batch * BLOCKS[self.name].macs(self.channels, self.side, self.side)
+        return self.batch * BLOCKS[self.name].macs_on(self.device, self.channels, self.side, self.side)
 
 
 def cases(quick: bool) -> list[Case]:

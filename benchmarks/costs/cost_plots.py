@@ -91,7 +91,7 @@ def plot_grid(cells: list[dict]) -> Figure:
     panels = {
         mode if variant == "eager" else f"{mode}, {variant}": [cell for cell in group if cell["mode"] == mode]
         for variant, group in grid.variants(cells).items()
-        for mode in grid.MODES
+        for mode in grid.CELL_MODES
     }
     size = (4 + 0.62 * len(columns), len(panels) * (1.4 + 0.34 * len(rows)))
     figure = Figure(figsize=size, layout="constrained")

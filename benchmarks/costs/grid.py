@@ -17,7 +17,7 @@ from benchmarks.environment import environment
 from benchmarks.measure import Mode, interleaved, summary
 from ema_attention import GradientMode
 
-MODES: dict[str, tuple[Mode, GradientMode]] = {
+CELL_MODES: dict[str, tuple[Mode, GradientMode]] = {
     "eval forward": ("forward", "none"),
     'training step, gradient="none"': ("training step", "none"),
     'training step, gradient="all"': ("training step", "all"),
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     tokens: bool
     precision: Precision
     mode: str
-    """A key of ``MODES``."""
+    """A key of ``CELL_MODES``."""
     compiled: bool = False
 
     @property
@@ -61,7 +61,7 @@ def cells(grid: sizes.Grid, device: str) -> list[Cell]:
         for batch in grid.batches
         for channels, tokens in inputs
         for precision in grid.precisions
-        for mode in MODES
+        for mode in CELL_MODES
     ]
     eager = [cell for cell in eager if cell.input_bytes <= largest]
     compiled = [
@@ -99,7 +99,7 @@ def measure_grid(grid: sizes.Grid, device: str, progress: tqdm, command: str) ->
 
 
 def _measure(cell: Cell, grid: sizes.Grid, device: str) -> dict[str, dict]:
-    mode, gradient = MODES[cell.mode]
+    mode, gradient = CELL_MODES[cell.mode]
     pair = units(cell.channels, gradient, cell.tokens)
     if cell.compiled:
         torch.compiler.reset()  # else the shapes of the cells before make this one dynamic

@@ -70,7 +70,7 @@ def measure_blocks(blocks: list[str], sizes: Sizes, dtype: torch.dtype, device: 
     _, channels, height, width = sizes.table
     modules = {name: BLOCKS[name].make(channels) for name in blocks}
     rows: dict[str, dict] = {
-        name: {"parameters": parameters(module), "macs": BLOCKS[name].macs(channels, height, width)}
+        name: {"parameters": parameters(module), "macs": BLOCKS[name].macs_on(device, channels, height, width)}
         for name, module in modules.items()
     }
     for mode in MODES:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import slow
-from benchmarks.blocks import BLOCKS, NUM_BASES, NUM_STAGES, Block, MakeBlock
+from benchmarks.blocks import BLOCKS, GRADIENTS, NUM_BASES, NUM_STAGES, UNIT_SIZES, Block, MakeBlock
 from benchmarks.measure import Mode, failure, prepare
 from ema_attention import EMAUnit, GradientMode
 from tests.plain import PublishedEMAU
 
 Precision = Literal["float32", "bfloat16 model", "bfloat16 autocast"]
 """The dtype of weights and x. Autocast: both in float32, the forward under torch.autocast, the backward outside it."""
-
-GRADIENTS: tuple[GradientMode, ...] = ("none", "last", "all")
 
 
 class Pair(NamedTuple):
@@ -81,14 +79,14 @@ def _differentiated(name: str, make: MakeBlock, gradient: GradientMode) -> Block
 
 def _wrong_on_tokens(device: str) -> str | None:
     """Why the pair on tokens is not the published unit on the same positions, or None."""
-    for positions in (20, 552):
+    for height, width in UNIT_SIZES:
         published = PublishedEMAU(16, NUM_BASES, NUM_STAGES).to(device).eval()
-        x = torch.randn(2, positions, 16, generator=torch.Generator().manual_seed(0)).to(device)
+        x = torch.randn(2, height * width, 16, generator=torch.Generator().manual_seed(0)).to(device)
         pair = units(16, "none", tokens=True)
         pair.unit.load_state_dict(published.state_dict())
         pair.published.unit.load_state_dict(published.state_dict())
         with torch.no_grad():
-            expected = published(x.mT.reshape(2, 16, 4, -1)).flatten(2).mT
+            expected = published(x.mT.reshape(2, 16, height, width)).flatten(2).mT
             for name, module in pair._asdict().items():
                 error = ((module.to(device).eval()(x) - expected).abs().max() / expected.abs().max()).item()
                 if not error <= 1e-4:  # NaN fails too

@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import slow
+from benchmarks import measure, slow
 from benchmarks.blocks import BLOCKS, Block, NonLocal, PositionAttention
 from benchmarks.measure import failure
 from ema_attention import EMAUnit
@@ -73,6 +74,15 @@ def test_fused_attention_takes_the_fast_kernel():
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         block(torch.randn(1, 32, 8, 8))
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profiler.events()}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_formulas_count_what_runs_on_cuda(name):
+    block = BLOCKS[name]
+    height, width = block.sizes[-1]
+    with FakeTensorMode(), torch.device("cuda"):
+        counted = measure.macs(block.make(16).eval(), torch.empty(1, 16, height, width))
+    assert counted == block.macs_on("cuda:1", 16, height, width)
 
 
 @pytest.mark.parametrize("name", ["EMAUnit", 'EMAUnit, gradient="all"'])
