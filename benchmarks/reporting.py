@@ -38,11 +38,12 @@ def update_readme(readme: Path, markers: tuple[str, str], content: str) -> None:
     """Puts ``content`` between the two markers in ``readme``, whole lines.
 
     Raises:
-        ValueError: if either marker is missing or there more than once, or if the file cannot be written.
+        ValueError: if either marker is missing or there more than once, if the second stands above the first, or if the
+            file cannot be written.
     """
     begin, end = markers
     text = readme.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f"{readme} must have one line {begin} and, below it, one line {end}")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)

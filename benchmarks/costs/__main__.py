@@ -59,6 +59,7 @@ def measured_again(folder: Path, sizes: Sizes, device: str, command: str) -> dic
     if results["environment"]["machine"] != machine(device):
         raise ValueError(f"{folder} must have results of {machine(device)}; got {results['environment']['machine']}")
     results["grid"] = measure_grid_alone(sizes, device, command)
+    results["sizes"]["grid"] = sizes.grid._asdict()
     return results
 
 
@@ -87,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device} needs a GPU, and PyTorch sees none")
+    if options.only and options.quick and not options.output:
+        parser.error("--only with --quick needs --output, so that the cells of all sizes are kept")
     if options.only and options.render:
         parser.error("--only measures and --render does not: give one of them")
     try:

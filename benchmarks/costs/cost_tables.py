@@ -62,6 +62,11 @@ def _targets(results: dict) -> list[dict] | dict:
     return rows if isinstance(rows, dict) else rows + grid_targets(results.get("grid", {}).get("cells", []))
 
 
+def _value_and_target(row: dict) -> tuple[str, str]:
+    number = ".2f" if row["target"] >= 1e-3 else ".1e"
+    return f"{row['value']:{number}}", f"{row['target']:{number}}"
+
+
 def target_table(rows: list[dict] | dict) -> list[str]:
     if isinstance(rows, dict):
         return [f"**Withheld**, because of {rows['withheld']}."]
@@ -72,8 +77,8 @@ def target_table(rows: list[dict] | dict) -> list[str]:
         else:
             parts = ["", f"{row['published']:.2f}" if "published" in row else ""]
         verdict = "met" if row["value"] <= row["target"] else "**missed**"
-        number = ".2f" if row["target"] >= 1e-3 else ".1e"
-        cells.append([row["quantity"], *parts, f"{row['value']:{number}}", f"≤ {row['target']:{number}}", verdict])
+        value, target = _value_and_target(row)
+        cells.append([row["quantity"], *parts, value, f"≤ {target}", verdict])
     met = sum(row["value"] <= row["target"] for row in rows)
     text = (
         "A / B is the ratio of the medians of calls measured in turns; the columns before it are A and B in ms, median "
@@ -312,11 +317,11 @@ def missed_targets(rows: list[dict]) -> list[str]:
     """Every target that is missed, by kind, the one that is missed most first."""
     missed = [row for row in rows if row["value"] > row["target"]]
     count = f"The unit has {len(rows)} targets. It misses {len(missed)}."
-    lines = [f"{count} Each is named with the ratio that it has, then the one wanted:", ""]
+    lines = [f"{count} Each is named with the value that it has, then the one wanted:", ""]
     for kind in dict.fromkeys(map(_kind, missed)):
         some = [row for row in missed if _kind(row) == kind]
         some.sort(key=lambda row: row["value"] / row["target"], reverse=True)
-        each = "; ".join(f"{row['value']:.2f}, not {row['target']:.2f} ({row['quantity']})" for row in some)
+        each = "; ".join(f"{', not '.join(_value_and_target(row))} ({row['quantity']})" for row in some)
         lines.append(f"- {kind}, {len(some)} of {sum(_kind(row) == kind for row in rows)}: {each}.")
     return lines if missed else [f"The unit meets all of its {len(rows)} targets."]
 

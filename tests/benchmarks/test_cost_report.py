@@ -82,6 +82,17 @@ def test_the_readme_gets_the_cost_table_between_its_markers(results, tmp_path):
         assert rows[2:] == [name for name in BLOCKS if name in cost_tables.IN_README]
 
 
+@pytest.mark.parametrize("text", ["{end}\n{begin}\nmine", "{begin}\n{end}\n{begin}", "{begin}"])
+def test_a_readme_without_markers_in_order_is_left_alone(text, tmp_path):
+    readme = tmp_path / "README.md"
+    begin, end = report.MARKERS
+    readme.write_text(text.format(begin=begin, end=end))
+    before = readme.read_text()
+    with pytest.raises(ValueError, match=r"README.md must have one line .* and, below it, one line"):
+        update_readme(readme, report.MARKERS, "new\n")
+    assert readme.read_text() == before
+
+
 def test_the_blocks_that_are_quicker_are_named_with_the_arithmetic_a_second():
     def row(ms, gmac=1):
         return {"macs": gmac * 1e9, "forward": {"median": ms / 1e3}}
@@ -105,14 +116,16 @@ def test_missed_targets_are_named_by_kind_the_farthest_first():
         row("bfloat16: forward", 1.1, 1.0, beside={}),
         row("worst cell", 1.0, 1.0, beside={}),
         row("memory", 1.0, 1.5),
+        row("largest error", 2e-5, 1e-5),
     ]
     assert cost_tables.missed_targets(rows) == [
-        "The unit has 6 targets. It misses 3. Each is named with the ratio that it has, then the one wanted:",
+        "The unit has 7 targets. It misses 4. Each is named with the value that it has, then the one wanted:",
         "",
         "- Large maps and tokens, in float32, 2 of 3: 0.90, not 0.50 (step); 0.60, not 0.50 (forward).",
         "- Half precision, 1 of 1: 1.10, not 1.00 (bfloat16: forward).",
+        "- Memory, arithmetic and rounding, 1 of 2: 2.0e-05, not 1.0e-05 (largest error).",
     ]
-    assert cost_tables.missed_targets(rows[-2:]) == ["The unit meets all of its 2 targets."]
+    assert cost_tables.missed_targets(rows[-3:-1]) == ["The unit meets all of its 2 targets."]
 
 
 @pytest.mark.parametrize(
