@@ -10,6 +10,7 @@ arXiv 2310.01889), which moves the keys and values of all other ranks through ev
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,8 +93,9 @@ def main() -> None:
     args = parser.parse_args()
     if any(value < 1 for value in vars(args).values()):
         parser.error("every size must be at least 1")
-    if not dist.is_torchelastic_launched():
-        parser.error("expected to be started by torchrun; got a single process")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    if not 2 <= ranks <= args.height:
+        parser.error(f"torchrun must start from 2 processes to one for each row, {args.height}; got {ranks}")
     dist.init_process_group("gloo")
     try:
         run(args.channels, args.height, args.width, args.bases, args.stages)
