@@ -129,10 +129,17 @@ def test_a_mask_that_is_all_false_leaves_the_bases_and_gives_zeros() -> None:
 def test_a_sample_that_is_not_finite_shows_it_and_its_bases_stay_where_they_were(poison: float) -> None:
     p = arguments(mask=None)
     p["x"][0, 0, 0, 0] = poison
-    out, mu, _ = em_attention(**p)
+    out, mu, z = em_attention(**p)
     assert not out[0].isfinite().all()
+    assert not z[0].isfinite().all()
+    assert z[1].isfinite().all()
     assert out[1].isfinite().all()
     torch.testing.assert_close(mu[0], p["mu"])
+
+
+def test_features_of_zeros_leave_the_bases_where_they_were() -> None:
+    p = arguments(x=torch.zeros_like, mask=None, bias=None)
+    torch.testing.assert_close(em_attention(**p).mu, p["mu"].expand(2, 3, 2))
 
 
 def test_bases_whose_sums_overflow_stay_where_they_were() -> None:

@@ -163,30 +163,6 @@ def test_sums_of_every_stage_are_completed_with_those_held_elsewhere(gradient: s
     torch.testing.assert_close(z, expected_z)
 
 
-def test_bases_that_nothing_moves_keep_their_direction() -> None:
-    mu = F.normalize(torch.randn(8, 3), dim=0)
-    for x in (torch.zeros(1, 8, 5), torch.full((1, 8, 5), float("nan")), torch.randn(1, 8, 0)):
-        torch.testing.assert_close(em_attention(x, mu, 2).mu[0], mu)
-    far = torch.randn(1, 8, 5)
-    nobody = torch.zeros(1, 5, dtype=torch.bool)
-    torch.testing.assert_close(em_attention(far, mu, 2, mask=nobody).mu[0], mu)
-
-
-def test_a_sample_that_is_not_finite_stays_alone() -> None:
-    x = torch.randn(3, 8, 5, 5)
-    mu = F.normalize(torch.randn(8, 4), dim=0)
-    clean = em_attention(x, mu, 3)
-    for poison in (float("nan"), float("inf")):
-        poisoned = x.clone()
-        poisoned[1, 2, 3, 4] = poison
-        out, bases, z = em_attention(poisoned, mu, 3)
-        assert out[1].isnan().any()
-        assert z[1].isnan().any()
-        for b in (0, 2):
-            torch.testing.assert_close(out[b], clean.out[b])
-        assert bases.isfinite().all()
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("projected", [False, True])
 def test_memory_format_goes_through(memory_format: torch.memory_format, projected: bool) -> None:
