@@ -18,7 +18,7 @@ help:
 	@echo "make mutants      faults put into the library's core one at a time: which do the tests miss?"
 	@echo "make bench        each block's time (15 minutes on 2 cores); make bench-quick (2 minutes)"
 	@echo "make report       costs, memory, growth and targets as a page with pictures (half an hour)"
-	@echo "make docs         the documentation into site/, with every link and snippet checked"
+	@echo "make docs         the documentation into site/, with its links, snippets and notebooks checked"
 	@echo "make check        formatting, lint, types"
 	@echo "make format       put the formatting right"
 	@echo "make build        wheel and sdist into dist/"

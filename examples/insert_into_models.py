@@ -3,7 +3,7 @@
 python -m examples.insert_into_models
 
 Each function takes a network, puts a unit into it, and returns it. The network's own parameters keep their
-names, so its pretrained weights fit before and after. With ``layer_scale`` the network computes the same as
+names, so its pretrained weights fit before and after. With ``layer_scale=0`` the network computes the same as
 before, until training changes the unit.
 """
 
