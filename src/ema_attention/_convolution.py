@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ema_attention._forms import multiplies_faster
+from ema_attention._forms import HALF, multiplies_faster
 from ema_attention._layout import is_channels_last
+from ema_attention._torch import differentiates
 
 
 def convolve(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,15 +20,22 @@ def convolve(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows: Tensor = F.linear(x.mT, weight, bias)
         return rows.mT
     shift = None if bias is None else bias[:, None]
-    batch, channels, positions = x.shape
-    if positions * (len(weight) + channels) < len(weight) * channels:
-        # One product of a copy of few positions takes less than one for each sample, which copies the weight and makes
-        # a gradient of it each time. Backward holds the copy.
-        row = x.transpose(0, 1).flatten(1)
+    batch, _, positions = x.shape
+    if _copies_faster(weight, x):
+        row = x.transpose(0, 1).flatten(1)  # which backward holds
         y = weight @ row if shift is None else torch.addmm(shift, weight, row)
         return y.view(len(weight), batch, positions).transpose(0, 1).contiguous()
     weight = weight.expand(batch, -1, -1)
     return torch.bmm(weight, x) if shift is None else torch.baddbmm(shift, weight, x)
+
+
+def _copies_faster(weight: Tensor, x: Tensor) -> bool:
+    """Whether one product of a copy of few positions takes less time than a product for each sample of x (B, C, N).
+
+    The latter reads the weight (C', C) each time. It also copies it in half precision, and makes a gradient of it.
+    """
+    copied = x.shape[2] * sum(weight.shape)
+    return (copied if x.dtype in HALF or differentiates(weight) else 4 * copied) < weight.numel()
 
 
 def convolve_backward(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The 1×1 convolution as a matrix product is the convolution: its result, gradients and memory layout."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,20 @@ def laid_out(request: pytest.FixtureRequest, x: Tensor) -> Tensor:
 
 def expected(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv1d(x, weight[..., None], bias)
+
+
+@pytest.mark.usefixtures("by_product")
+@pytest.mark.parametrize(("dtype", "wanted"), list(itertools.product([torch.float64, torch.bfloat16], [False, True])))
+def test_samples_share_a_product_where_a_copy_takes_less_time(
+    dtype: torch.dtype, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, products = torch.randn(32, 24, dtype=dtype, requires_grad=wanted), []
+    monkeypatch.setattr(torch, "bmm", lambda *args, bmm=torch.bmm: products.append(args) or bmm(*args))
+    for positions, shared in ((3, True), (4, wanted or dtype == torch.bfloat16), (14, False)):  # 3·56 < 24·32/4 < 4·56
+        x = torch.randn(2, 24, positions, dtype=dtype)
+        products.clear()
+        torch.testing.assert_close(convolve(weight, x), expected(weight, x))
+        assert bool(products) != shared
 
 
 @pytest.mark.usefixtures("by_product")
