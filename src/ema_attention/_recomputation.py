@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -127,9 +128,10 @@ def _sample(x: Tensor) -> Tensor:
 def _checkpoint() -> object | None:
     """The call of torch.utils.checkpoint in which the code runs, or runs again; None of a reentrant one.
 
-    PyTorch has no name for it. Its hooks on saved tensors hold the call's frame in their closures.
+    PyTorch has no name for it. Its hooks on saved tensors hold the call's frame in their closures. Inside of them there
+    may be others, such as those of torch.autograd.graph.save_on_cpu.
     """
-    for hook in saved_tensors_hooks():
+    for hook in itertools.chain.from_iterable(saved_tensors_hooks()):
         hook = inspect.unwrap(hook)
         cells = (
             dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))

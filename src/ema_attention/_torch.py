@@ -116,9 +116,27 @@ def is_in_backward() -> bool:
     return not is_tracing() and torch._C._current_graph_task_id() != -1
 
 
-def saved_tensors_hooks() -> tuple[Any, ...]:
-    """The hooks that take what a graph would save, the innermost; empty if there are none, or PyTorch is too old."""
-    return (torch._C._autograd._top_saved_tensors_default_hooks(True) or ()) if HAS_TOP_HOOKS else ()
+def saved_tensors_hooks() -> list[tuple[Any, Any]]:
+    """The pairs of hooks that take what a graph would save, the innermost first; empty if PyTorch is too old.
+
+    PyTorch shows the innermost pair alone: each is taken off to see the next, and then all are put back.
+    """
+    if not HAS_TOP_HOOKS:
+        return []
+    hooks = torch._C._autograd
+    may_put_back = hooks._saved_tensors_hooks_get_disabled_error_message() is None
+    pairs: list[tuple[Any, Any]] = []
+    try:
+        while pair := hooks._top_saved_tensors_default_hooks(True):
+            pairs.append(pair)
+            if not may_put_back:
+                return pairs
+            hooks._pop_saved_tensors_default_hooks()
+    finally:
+        if may_put_back:
+            for pair in reversed(pairs):
+                hooks._push_saved_tensors_default_hooks(*pair)
+    return pairs
 
 
 def pull_back(function: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:

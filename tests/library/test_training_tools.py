@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from ema_attention import EMAUnit
-from ema_attention._torch import HAS_TOP_HOOKS
+from ema_attention._torch import HAS_TOP_HOOKS, saved_tensors_hooks
 
 
 def small_unit(**options: object) -> EMAUnit:
@@ -150,6 +150,39 @@ def test_a_backward_under_saved_tensors_hooks() -> None:
         gradients += [gradient, source.grad]
     for actual, expected in zip(gradients[:2], gradients[2:], strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+class Offloaded(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu(), torch.autograd.graph.save_on_cpu():
+            return super().forward(x)
+
+
+@needs_hooks_to_tell
+def test_hooks_for_saved_tensors_inside_a_checkpoint() -> None:
+    x, results = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    for checkpointed in (False, True):
+        unit, source = small_unit(gradient="all"), x.clone().requires_grad_()
+        model = nn.Sequential(Offloaded(unit), nn.Tanh(), nn.Conv2d(6, 3, 1).double())  # which use the unit's output
+        for _ in range(2):
+            y = checkpoint(model, source, use_reentrant=False) if checkpointed else model(source)
+            y.pow(2).sum().backward()
+        results.append([unit.mu, source.grad, *(p.grad for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(not HAS_TOP_HOOKS, reason="PyTorch 2.6 does not say whether there are hooks")
+def test_hooks_for_saved_tensors_are_seen_and_left_as_they_were() -> None:
+    assert saved_tensors_hooks() == []
+    pairs = [(lambda t: t, lambda t: t) for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        for pair in pairs:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*pair))
+        assert saved_tensors_hooks() == saved_tensors_hooks() == pairs[::-1]
+    assert saved_tensors_hooks() == []
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        assert saved_tensors_hooks() == []
 
 
 @pytest.mark.skipif(not HAS_TOP_HOOKS, reason="PyTorch 2.6 does not say whether there are hooks")
