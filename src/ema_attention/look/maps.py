@@ -13,6 +13,9 @@ from ema_attention.modules import EMAUnit, MapCollector
 
 __all__ = ["collect_attention_maps"]
 
+_of_units = threading.Lock()
+"""Held while units' lists of collectors change: contexts of several threads may do so at once."""
+
 
 @contextmanager
 def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -41,13 +44,15 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         raise ValueError(f"the model must contain an EMAUnit; got a {type(model).__name__} without one")
     maps: dict[str, Tensor] = {}
     thread = threading.get_ident()
-    for name, unit in units.items():
-        unit.map_collectors.append(MapCollector(maps, name, thread))
+    with _of_units:
+        for name, unit in units.items():
+            unit.map_collectors.append(MapCollector(maps, name, thread))
     try:
         yield maps
     finally:
-        for unit in units.values():
-            unit.map_collectors = [collector for collector in unit.map_collectors if collector.maps is not maps]
+        with _of_units:
+            for unit in units.values():
+                unit.map_collectors = [collector for collector in unit.map_collectors if collector.maps is not maps]
     if not maps:
         warnings.warn(
             f"collect_attention_maps saw no unit of this {type(model).__name__} run in its thread; did a copy run?",
