@@ -105,7 +105,7 @@ def load_network(path: Path | str) -> Loaded:
         raise ValueError(f"{path} must hold the weights of an EMANet: {shorten(reason, 200)}") from error
     if name := first_not_finite(weights):
         raise ValueError(f"{path} must hold a network of finite numbers; {name} has others")
-    classes = range(network["num_classes"])
+    classes = range(model.fc2.out_channels)
     names = VOC_NAMES if len(classes) == len(VOC_NAMES) else [f"class {label}" for label in classes]
     names, colours = entries.get("names", names), entries.get("colours", map(voc_colour, classes))
     return Loaded(model.eval(), network, tuple(names), tuple(map(tuple, colours)))
@@ -160,10 +160,11 @@ def write_checkpoint(loaded: Loaded, path: Path, format: str) -> None:
     """
     model, network, *_ = loaded
     names = NAMES[format]
-    if format != "ema-attention" and network["backbone"] not in BACKBONES.values():
-        known = " or ".join(BACKBONES.values())
-        raise ValueError(f"cannot write the checkpoint {path}: {format} means {known}; got {network['backbone']}")
     defaults = signature(emanet).parameters
+    backbone = network.get("backbone", defaults["backbone"].default)
+    if format != "ema-attention" and backbone not in BACKBONES.values():
+        known = " or ".join(BACKBONES.values())
+        raise ValueError(f"cannot write the checkpoint {path}: {format} means {known}; got {backbone}")
     for name, value in MEANT[format].items():
         own = network.get(name, defaults[name].default)
         if own != value:

@@ -305,6 +305,17 @@ def test_a_checkpoint_that_does_not_say_how_its_network_is_built_is_read_from_it
     assert (found["backbone"], found["num_classes"], found["channels"], found["num_bases"]) == ("resnet50", 3, 8, 4)
 
 
+def test_a_checkpoint_may_leave_out_what_emanet_has_defaults_for(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in emanet("resnet101", channels=8).state_dict().items()}
+    weights = {key: torch.zeros(shape) for key, shape in expected.items()}
+    torch.save({"model": weights, "network": {"channels": 8}}, tmp_path / "ours.pt")
+    loaded = load_network(tmp_path / "ours.pt")
+    assert len(loaded.names) == len(loaded.colours) == 21
+    write_checkpoint(loaded, tmp_path / "theirs.pth", "mmsegmentation")
+    assert load_network(tmp_path / "theirs.pth").network["backbone"] == "resnet101"
+
+
 @pytest.mark.parametrize("format", SHAPES)
 @pytest.mark.parametrize(
     ("change", "message"),
