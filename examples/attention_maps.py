@@ -29,6 +29,7 @@ from examples._common.photos import (
     read_photo,
     read_weights,
 )
+from examples._common.samples import IMAGENET_MEAN, IMAGENET_STD
 
 
 def resnet50(weights: str) -> Callable[[Tensor], Tensor]:
@@ -43,7 +44,7 @@ def resnet50(weights: str) -> Callable[[Tensor], Tensor]:
         state = read_weights(weights)
     load_weights(model, state, weights)
     stages = nn.Sequential(*list(model.children())[:-3])  # without layer4, the pooling and the classifier
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return lambda images: stages((images / 255 - mean) / std)
 
 

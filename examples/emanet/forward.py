@@ -12,12 +12,12 @@ from pathlib import Path
 
 import skimage.data
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import normalize, to_tensor
 
 from ema_attention import collect_attention_maps
+from examples._common.picture_files import read_image
 from examples._common.samples import IMAGENET_MEAN, IMAGENET_STD
 from examples.emanet.model import emanet
 
@@ -27,12 +27,7 @@ LONGER_SIDE = 513  # the size of the paper's cost table
 
 def load_image(path: Path) -> Tensor:
     """A photograph (1, 3, H, W) as torchvision's backbones expect it, at most ``LONGER_SIDE`` on its longer side."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"image must be an existing file; got {path}") from None
-    except OSError as error:
-        raise ValueError(f"image must be a picture that Pillow can read; got {path} ({error})") from None
+    image = read_image(path)
     image.thumbnail((LONGER_SIDE, LONGER_SIDE))
     return normalize(to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
 

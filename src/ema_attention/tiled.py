@@ -48,9 +48,9 @@ class TiledEMAttention:
     def __init__(
         self, mu: Tensor, *, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
-        for name, tensor in (("mu", mu), ("weight", weight)):
-            if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
-                raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
+        check_tensor("mu", mu)
+        if weight is not None:
+            check_tensor("weight", weight)
         if mu.dim() not in (2, 3):
             raise ValueError(f"mu must be (C', K), (1, C', K) or (B, C', K); got {tuple(mu.shape)}")
         channels = mu.shape[-2:-1] if weight is None else weight.shape[-1:]

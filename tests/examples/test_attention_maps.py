@@ -137,10 +137,10 @@ def broken_weights(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "cannot read the weights {path}: No such file or directory"),
-        ("text", "cannot read the weights {path}: torch.load finds no tensors in it"),
-        ("code", "cannot read the weights {path}: torch.load finds no tensors in it"),
-        ("list", "{path} must hold a state_dict, tensors by their names; got a list"),
+        ("missing", "cannot read the checkpoint {path}: No such file or directory"),
+        ("text", "cannot read the checkpoint {path}: it is broken, or not of tensors alone"),
+        ("code", "cannot read the checkpoint {path}: it is broken, or not of tensors alone"),
+        ("list", "{path} must be a checkpoint, a dict; got a list"),
         ("other", "{path} does not hold the weights of "),
     ],
 )

@@ -84,7 +84,6 @@ def em_stages_together(
     return _watch_together(runs, together)
 
 
-@torch.no_grad()
 def _watch_together(runs: Sequence[_Run], together: int) -> list[EMStages]:
     """Watches each run, from the bases of the first after ``together`` stages over the positions of all samples."""
     problems, mu = [problem for problem, *_ in runs], runs[0][1]
