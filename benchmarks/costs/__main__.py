@@ -27,7 +27,7 @@ from benchmarks.environment import machine
 from benchmarks.plot_style import png
 from benchmarks.reporting import RESULTS, update_readme, write_files
 
-MARKERS = ("<!-- cost table: begin -->", "<!-- cost table: end -->")
+README_MARKERS = ("<!-- cost table: begin -->", "<!-- cost table: end -->")
 
 
 def write(results: dict, folder: Path) -> None:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.output or RESULTS / folder_name(results["environment"]["machine"])
         write(results, folder)
         if options.readme:
-            update_readme(options.readme, MARKERS, readme_table(results))
+            update_readme(options.readme, README_MARKERS, readme_table(results))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     for mode, grown in results["growth"].items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from benchmarks.costs import grid
@@ -90,10 +92,7 @@ def target_table(rows: list[dict] | dict) -> list[str]:
 
 def cost_table(table: dict) -> list[str]:
     """One row a block: parameters, GMAC, times and memory."""
-    output = 1
-    for size in table["shape"]:
-        output *= size
-    output *= getattr(torch, table["dtype"]).itemsize
+    output = math.prod(table["shape"]) * getattr(torch, table["dtype"]).itemsize
     rows = []
     for name, row in table["blocks"].items():
         forward, step = (row[mode] for mode in MODES)
@@ -188,7 +187,7 @@ def grid_section(results: dict) -> list[str]:
     measured = results["grid"]
     if "withheld" in measured:
         return [f"**Withheld**, because of {measured['withheld']}."]
-    cells, lines = measured["cells"], [*grid_rule(measured), ""]
+    cells, lines = measured["cells"], [grid_rule(measured), ""]
     if _was_alone(results):
         lines += ["These cells were measured by a command of their own:", "", *measured_by(measured), ""]
     for variant, rows in grid.variants(cells).items():
@@ -210,9 +209,9 @@ def grid_section(results: dict) -> list[str]:
     return [*lines, "The complete table: [grid.md](grid.md)."]
 
 
-def grid_rule(measured: dict) -> list[str]:
+def grid_rule(measured: dict) -> str:
     """What the ratios are, and which cells are left out."""
-    lines = [
+    rule = (
         "Each ratio is EMAUnit's median time / the published unit's. Below 1.00 EMAUnit is faster. Both have the same "
         "weights. Their calls are measured in turns in one process. "
         f"A cell is left out if its input, in float32, is larger than {measured['largest_input'] / 2**20:.0f} MiB. "
@@ -220,13 +219,13 @@ def grid_rule(measured: dict) -> list[str]:
         "unit gets the same tokens as (B, C, 1, N), and its output is turned back. "
         'With `gradient="all"` the published unit is differentiated in all its stages, too. '
         "Autocast: weights and input in float32, the forward under `torch.autocast`, the backward outside it."
-    ]
+    )
     if measured["convolutions_in_tf32"]:
-        lines[0] += (
+        rule += (
             " On this GPU, float32 convolutions use TF32 and float32 products do not: PyTorch's defaults. "
             "In the other tables convolutions do not use TF32."
         )
-    return lines
+    return rule
 
 
 def _was_alone(results: dict) -> bool:
@@ -253,7 +252,7 @@ def grid_markdown(results: dict) -> str:
         "",
         *measured_by(measured),
         "",
-        *grid_rule(measured),
+        grid_rule(measured),
         "",
         "Times: median [quartiles]. The summary: [report.md](report.md). Raw numbers: [results.json](results.json).",
         "",
@@ -291,6 +290,9 @@ def readme_table(results: dict) -> str:
             f"The worst cell is {grid.ratio(worst):.2f} ({grid.name(worst)}).",
             "",
         ]
+        if _was_alone(results):
+            commit = results["grid"]["environment"]["commit"]
+            lines += [f"The cells and their targets are of commit {commit}, and all else is of {env['commit']}.", ""]
     targets = _targets(results)
     return "\n".join([*lines, *missed_targets(targets), ""] if isinstance(targets, list) else lines)
 
@@ -307,10 +309,9 @@ def quicker_blocks(table: dict) -> str:
     rows = table["blocks"]
     limit = rows["EMAUnit"]["forward"]["median"]
     others = [name for name in rows if not name.startswith("EMA") and rows[name]["forward"]["median"] < limit]
-    return (
-        f" Of the report's other blocks, these take less time for a forward than EMAUnit: {', '.join(others)}."
-        * bool(others)
-    )
+    if not others:
+        return ""
+    return f" Of the report's other blocks, these take less time for a forward than EMAUnit: {', '.join(others)}."
 
 
 def missed_targets(rows: list[dict]) -> list[str]:
@@ -336,10 +337,6 @@ def _kind(row: dict) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds >= 1
-        else f"{1e3 * seconds:.0f} ms"
-        if seconds >= 0.01
-        else f"{1e3 * seconds:.1f} ms"
-    )
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.01 else f"{1e3 * seconds:.1f} ms"
