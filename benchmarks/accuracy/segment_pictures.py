@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from benchmarks.accuracy.scores import percent
+from benchmarks.accuracy.scores import deviation, percent
 from benchmarks.accuracy.segment_tables import METHODS, all_bases, rows_of
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 from examples._common.samples import IGNORE, Colours
@@ -84,7 +84,7 @@ def plot_scores(results: dict[str, Any]) -> Figure:
             ax.errorbar(
                 [k * 1.04 ** (i - 2) for k in bases],  # so that no bar hides another
                 [statistics.mean(values) for values in scores],
-                [statistics.stdev(values) if len(values) > 1 else 0.0 for values in scores],
+                list(map(deviation, scores)),
                 color=UNIT_COLOUR if i == 0 else COLOURS[i],
                 marker=MARKERS[i],
                 markersize=5,

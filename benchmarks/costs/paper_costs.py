@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet101
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 
 from benchmarks.measure import macs, parameters
 from ema_attention import EMAUnit
+from examples.emanet.model import ConvNormReLU, deepen_stem, resnet_features
 from tests.plain import PublishedEMAU
 
 CLASSES = 21  # PASCAL VOC
@@ -50,23 +50,10 @@ NOTES = {
 
 def backbone(published_stem: bool = False) -> nn.Sequential:
     """ResNet-101 at output stride 8, without pooling and classifier; torchvision's stem or the published one."""
-    network = resnet101(replace_stride_with_dilation=[False, True, True])
+    network = resnet101()
     if published_stem:
-        network.conv1 = nn.Sequential(
-            *(nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
-            nn.Conv2d(64, 128, 3, 1, 1, bias=False),
-        )
-        network.bn1 = nn.BatchNorm2d(128)
-        network.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
-        network.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
-    return nn.Sequential(*list(network.children())[:-2])
-
-
-def reduction(channels: int, out: int) -> nn.Sequential:
-    """3×3 convolution, BN, ReLU."""
-    conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
+        deepen_stem(network, 128)
+    return resnet_features(network, output_stride=8)
 
 
 def count(side: int = 513) -> list[dict]:
@@ -77,30 +64,22 @@ def count(side: int = 513) -> list[dict]:
             "DeepLabV3, ASPP alone": ASPP(2048, [12, 24, 36]),
             "DeepLabV3, torchvision's head": DeepLabHead(2048, CLASSES),
         }
-    for width in (256, 512):
-        heads[f"EMANet ({width})"] = nn.Sequential(reduction(2048, width), PublishedEMAU(width))
-        heads[f"EMANet ({width}), EMAUnit"] = nn.Sequential(reduction(2048, width), EMAUnit(width))
-    heads["EMANet (512), whole head"] = nn.Sequential(
-        reduction(2048, 512), PublishedEMAU(512), reduction(512, 256), nn.Conv2d(256, CLASSES, 1)
-    )
-    features = torch.empty(1, 2048, -(-side // 8), -(-side // 8), device="meta")
-    image = torch.empty(1, 3, side, side, device="meta")
+        for width in (256, 512):
+            heads[f"EMANet ({width})"] = nn.Sequential(ConvNormReLU(2048, width), PublishedEMAU(width))
+            heads[f"EMANet ({width}), EMAUnit"] = nn.Sequential(ConvNormReLU(2048, width), EMAUnit(width))
+        heads["EMANet (512), whole head"] = nn.Sequential(
+            ConvNormReLU(2048, 512), PublishedEMAU(512), ConvNormReLU(512, 256), nn.Conv2d(256, CLASSES, 1)
+        )
+        image, features = torch.empty(1, 3, side, side), torch.empty(1, 2048, -(-side // 8), -(-side // 8))
     rows = [(name, module, image) for name, module in backbones.items()]
     rows += [(name, head, features) for name, head in heads.items()]
     return [
         {
             "name": name,
-            "macs": _macs(module.eval(), x),
+            "macs": macs(module.eval(), x),
             "parameters": parameters(module),
             "published": PUBLISHED.get(name.split(",")[0]),
             "note": NOTES[name],
         }
         for name, module, x in rows
     ]
-
-
-def _macs(module: nn.Module, x: torch.Tensor) -> int:
-    if next(module.parameters()).device.type == "meta":
-        return macs(module, x)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return macs(module, torch.empty(x.shape))

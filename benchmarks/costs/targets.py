@@ -132,22 +132,10 @@ def measure_targets(sizes: Sizes, device: str, say: Callable[[str], None]) -> li
     row(f"largest error of the output in eval, relative, {tuple(x.shape)}", error, 1e-5)
 
     if torch.device(device).type == "cuda":
-        rows += _bfloat16(c, side, sizes.seconds, device, say)
-    return rows
-
-
-def _bfloat16(c: int, side: int, seconds: float, device: str, say: Callable[[str], None]) -> list[dict]:
-    """The eval forward as it is used on a GPU: bfloat16, 16 samples, eager and compiled."""
-    shape, rows = (16, c, side, side), []
-    for name, transform in (("eager", lambda module: module), ("compiled", torch.compile)):
-        say(f"bfloat16, {name}")
-        pair = Pair(*(transform(module.to(device, torch.bfloat16).eval()) for module in units(c, "none")))
-        calls = prepare_pair(pair, shape, "forward", "bfloat16 model", device)
-        samples = interleaved(calls, seconds=seconds, device=device)
-        times = {"unit": summary(samples["unit"]), "beside": summary(samples["published"])}
-        value = times["unit"]["median"] / times["beside"]["median"]
-        rows.append({"quantity": f"eval forward / published, bfloat16, {name}, {shape}", "value": value, "target": 1})
-        rows[-1].update(times)
+        pairs = {"eager": units(c, "none"), "compiled": Pair(*map(torch.compile, units(c, "none")))}
+        for name, pair in pairs.items():
+            quantity = f"eval forward / published, bfloat16, {name}"
+            time(quantity, pair, image(16), "forward", 1.0, "bfloat16 model")
     return rows
 
 
