@@ -5,23 +5,22 @@ import torch
 from torch import nn
 
 from benchmarks import measure
+from benchmarks.costs.sizes import MEBIBYTE
 from benchmarks.measure import Memory
 from tests.plain import PublishedEMAU
 
-MEGABYTE = 2**20
-
 
 def test_memory_of_a_known_computation():
-    x = torch.zeros(MEGABYTE // 4)
+    x = torch.zeros(MEBIBYTE // 4)
 
     def call():
-        first = x + 1.0  # 1 MB
-        second = torch.cat([first, first])  # 3 MB
+        first = x + 1.0  # 1 MiB
+        second = torch.cat([first, first])  # 3 MiB
         del first
-        return second[: x.numel()] * 2.0  # 3 MB, of which 1 is returned
+        return second[: x.numel()] * 2.0  # 3 MiB, of which 1 is returned
 
     call()
-    assert measure.memory(call) == Memory(peak=pytest.approx(3 * MEGABYTE, abs=64), held=0)
+    assert measure.memory(call) == Memory(peak=pytest.approx(3 * MEBIBYTE, abs=64), held=0)
 
 
 def test_memory_held_for_the_backward_of_known_layers():
@@ -83,8 +82,7 @@ def test_exponent():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_known_computation_on_a_gpu():
-    x = torch.zeros(MEGABYTE, device="cuda")
+    x = torch.zeros(MEBIBYTE, device="cuda")
     taken = measure.memory(lambda: (x + 1.0) * 2.0, "cuda")
-    assert taken == Memory(peak=8 * MEGABYTE, held=0)
+    assert taken == Memory(peak=8 * MEBIBYTE, held=0)

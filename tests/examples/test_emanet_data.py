@@ -257,6 +257,9 @@ def test_labels_that_are_no_class_are_named(label: int, ignore: int, root: Path)
     dataset = Segmentation([(root / "train" / "a.png", mask)], ("a", "b"), ((0, 0, 0),) * 2, ignore)
     with pytest.raises(ValueError, match=rf"mask.tif must have labels from 0 to 1, or {ignore} where .*; got {label}$"):
         dataset[0]
+
+
+def test_more_classes_than_a_byte_holds_are_refused() -> None:
     with pytest.raises(ValueError, match="there must be at most 255 classes; got 256"):
         Segmentation([], ("a",) * 256, ())
 
@@ -325,6 +328,9 @@ def test_broken_files_are_named(root: Path, spoil, message: str) -> None:
     spoil(root)
     with pytest.raises(ValueError, match=message):
         camvid(root, "train")[0]
+
+
+def test_a_split_that_camvid_has_not_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="split must be one of"):
         camvid(root, "training")
 

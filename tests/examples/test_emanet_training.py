@@ -461,7 +461,7 @@ def test_only_the_first_process_downloads_and_nobody_waits_for_one_that_failed(t
 
 
 def confusion_iou(predictions: list[Tensor], masks: list[Tensor], classes: int) -> list[float]:
-    """IoU in percent by counting pixels one class after another."""
+    """IoU from 0 to 1, by counting pixels one class after another."""
     prediction, mask = (torch.cat([t.flatten() for t in tensors]) for tensors in (predictions, masks))
     prediction, mask = prediction[mask != 255], mask[mask != 255]
     both = [((prediction == c) & (mask == c)).sum().item() for c in range(classes)]

@@ -49,6 +49,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stages": -1}, ValueError, "stages must be at least 1; got -1"),
     ({"stages": 2.0}, TypeError, "stages must be an int; got float"),
     ({"stages": True}, TypeError, "stages must be an int; got bool"),
+    ({"stages": np.int64(2)}, TypeError, "stages must be an int; got int64"),
     ({"scale": 0.0}, ValueError, "scale must be positive and finite; got 0.0"),
     ({"scale": -1.0}, ValueError, "scale must be positive and finite; got -1.0"),
     ({"scale": NAN}, ValueError, "scale must be positive and finite; got nan"),
@@ -86,7 +87,9 @@ def test_what_the_table_changes_is_otherwise_in_order() -> None:
 UNIT_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (np.ones((2, 4, 6)), TypeError, "x must be a Tensor; got ndarray"),
     (torch.randn(4, 6), ValueError, r"x must have 3 dimensions or more and 4 channels in dimension 1; got \(4, 6\)"),
-    (torch.randn(2, 3, 6), ValueError, r"4 channels in dimension 1; got \(2, 3, 6\)"),
+    (torch.randn(2, 3, 6), ValueError, r"4 channels in dimension 1; got \(2, 3, 6\)$"),
+    (torch.randn(2, 6, 4), ValueError, r"dimension 1; got \(2, 6, 4\) \(tokens need channel_dim=-1\)$"),
+    (torch.randn(2, 6, 6, 4), ValueError, r"4 channels in dimension 1; got \(2, 6, 6, 4\)$"),
     (torch.ones(2, 4, 6, dtype=torch.long), TypeError, "x must have the dtype of the unit, torch.float32; got .*int64"),
     (torch.randn(2, 4, 6).double(), TypeError, "x must have the dtype of the unit, torch.float32; got torch.float64"),
     (torch.randn(2, 4, 6).half(), TypeError, "x must have the dtype of the unit, torch.float32; got torch.float16"),
@@ -102,6 +105,17 @@ def test_a_unit_that_raises_has_not_moved_its_bases(x: Tensor, error: type[Excep
     with pytest.raises(error, match=message):
         unit(x)
     assert torch.equal(unit.mu, before)
+
+
+def test_neither_has_one_that_batch_norm_or_autocast_stops() -> None:
+    unit = EMAUnit(8, num_bases=4)
+    old = unit.mu.clone()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        unit(torch.randn(1, 8, 1, 1))
+    for dtype in (torch.int64, torch.float64):
+        with torch.autocast("cpu"), pytest.raises(TypeError, match=r"dtype of the unit, torch\.float32; got torch\."):
+            unit(torch.ones(2, 8, 3, 3, dtype=dtype))
+    assert torch.equal(unit.mu, old)
 
 
 def test_an_empty_batch_gives_an_empty_result() -> None:
@@ -152,11 +166,6 @@ def test_bases_that_are_not_finite_show_it_everywhere() -> None:
     out, _, z = em_attention(**arguments(mu=lambda mu: mu * NAN, mask=None))
     assert out.isnan().all()
     assert z.isnan().all()
-
-
-def test_numpy_integers_are_not_ints() -> None:
-    with pytest.raises(TypeError, match="stages must be an int; got int64"):
-        em_attention(**arguments(stages=np.int64(2)))
 
 
 @given(

@@ -1,7 +1,5 @@
 """The 1×1 convolution as a matrix product is the convolution: its result, gradients and memory layout."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,13 +37,15 @@ def expected(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.usefixtures("by_product")
-@pytest.mark.parametrize(("dtype", "wanted"), list(itertools.product([torch.float64, torch.bfloat16], [False, True])))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("has_gradient", [False, True])
 def test_samples_share_a_product_where_a_copy_takes_less_time(
-    dtype: torch.dtype, wanted: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, has_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, products = torch.randn(32, 24, dtype=dtype, requires_grad=wanted), []
+    weight, products = torch.randn(32, 24, dtype=dtype, requires_grad=has_gradient), []
     monkeypatch.setattr(torch, "bmm", lambda *args, bmm=torch.bmm: products.append(args) or bmm(*args))
-    for positions, shared in ((3, True), (4, wanted or dtype == torch.bfloat16), (14, False)):  # 3·56 < 24·32/4 < 4·56
+    is_copied = has_gradient or dtype == torch.bfloat16  # the weight, for each sample
+    for positions, shared in ((3, True), (4, is_copied), (14, False)):  # 3·56 < 24·32/4 < 4·56
         x = torch.randn(2, 24, positions, dtype=dtype)
         products.clear()
         torch.testing.assert_close(convolve(weight, x), expected(weight, x))

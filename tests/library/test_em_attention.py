@@ -192,12 +192,12 @@ def test_arguments_are_left_as_they_were() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
+def test_cuda_equals_cpu(dtype: torch.dtype, tolerance: float) -> None:
     x, mu = torch.randn(2, 32, 17, 19), F.normalize(torch.randn(32, 8), dim=0)
     weight, bias = torch.randn(32, 32) / 6, torch.randn(32)
     expected = em_attention(x.double(), mu.double(), 3, weight=weight.double(), bias=bias.double())
     on_gpu = [t.to("cuda", dtype) for t in (x, mu, weight, bias)]
     result = em_attention(*on_gpu[:2], 3, weight=on_gpu[2], bias=on_gpu[3])
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3, torch.float64: 1e-9}[dtype]
-    torch.testing.assert_close(result.out.cpu().double(), expected.out, rtol=tolerance, atol=tolerance)
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=tolerance, atol=tolerance)

@@ -1,6 +1,5 @@
 """What is only for speed equals the plain form, is used where it may be and nowhere else, and saves what it says."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
@@ -432,12 +431,10 @@ def test_an_ensemble_by_vmap() -> None:
         torch.testing.assert_close(together, torch.stack([unit(x) for unit in units]))
 
 
-def test_deepcopy_shares_nothing() -> None:
+def test_nothing_folded_is_kept() -> None:
     unit = trained_like(EMAUnit(8, 4)).eval()
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
-        before = unit(x)
-        copy.deepcopy(unit).conv2[1].weight.mul_(2)
-        torch.testing.assert_close(unit(x), before, rtol=0, atol=0)
-        unit.conv2[1].weight.mul_(2)  # nothing folded is kept: the next call sees it
+        unit(x)
+        unit.conv2[1].weight.mul_(2)
         torch.testing.assert_close(unit(x), formula(unit, x))

@@ -48,7 +48,7 @@ def test_function_is_within_twice_the_plain_error(dtype: torch.dtype, scale: flo
         assert worst(actual, wanted) <= 2 * worst(allowed, wanted)
 
 
-def unit_like_a_trained_one() -> EMAUnit:
+def unit_with_conv1_near_the_identity() -> EMAUnit:
     unit = EMAUnit(32, num_bases=8)
     with torch.no_grad():
         unit.conv1.weight.copy_(torch.eye(32)[..., None, None] + 0.05 * torch.randn(32, 32, 1, 1))
@@ -60,7 +60,7 @@ def unit_like_a_trained_one() -> EMAUnit:
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("training", [True, False])
 def test_unit_is_within_twice_the_plain_error(training: bool, dtype: torch.dtype, autocast: bool, device: str) -> None:
-    unit = unit_like_a_trained_one().to(device)
+    unit = unit_with_conv1_near_the_identity().to(device)
     x, mu = (t.to(device, dtype) for t in clusters(2, 32, 8, 900, 5.0))
     unit.mu.copy_(mu[:1])
     unit = unit if autocast else unit.to(dtype)
@@ -271,7 +271,7 @@ def test_results_and_every_gradient_are_within_twice_the_plain_error(
 def test_an_eval_forward_in_blocks_is_the_plain_one(
     memory_format: torch.memory_format, dtype: torch.dtype, autocast: bool
 ) -> None:
-    unit, x = unit_like_a_trained_one().eval(), torch.randn(2, 32, 12, 15).to(memory_format=memory_format)
+    unit, x = unit_with_conv1_near_the_identity().eval(), torch.randn(2, 32, 12, 15).to(memory_format=memory_format)
     nn.init.uniform_(unit.conv2[1].running_var, 0.5, 2.0)
     unit, x = (unit, x) if autocast else (unit.to(dtype), x.to(dtype))
     with torch.autocast("cpu", dtype, enabled=autocast):
