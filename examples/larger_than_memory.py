@@ -170,6 +170,7 @@ def attend(folder: Path, bases: int, stages: int, tile: int) -> Iterator[tuple[s
         if stage < stages:
             em.step()
             start = 0
+    save(stages, positions)  # the state was perhaps that of another run that had finished
     with written_whole(folder / "bases.npy") as file:
         np.save(file, em.mu[0].numpy())
     os.replace(unfinished, out)

@@ -67,6 +67,34 @@ def test_a_finished_run_is_neither_repeated_nor_lost(
     assert results(tmp_path) == done
 
 
+def test_a_run_that_ends_between_its_results_and_its_state_is_not_taken_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger_than_memory.main([str(tmp_path), "--positions", "1000", "--channels", "8", "--tile", "300", "--bases", "4"])
+    for file in ("bases", "out"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*ends_after(file))
+            with pytest.raises(KeyboardInterrupt):
+                list(larger_than_memory.attend(tmp_path, 5, 3, 300))
+        with pytest.raises(ValueError, match=r"state.pt is of a run with bases = 5; got bases = 4"):
+            next(larger_than_memory.attend(tmp_path, 4, 3, 300))
+    list(larger_than_memory.attend(tmp_path, 5, 3, 300))
+    assert np.load(tmp_path / "bases.npy").shape == (8, 5)
+
+
+def ends_after(file: str) -> tuple[object, str, object]:
+    """What to patch so that a run ends when it has written ``file``."""
+    owner, name = (larger_than_memory.os, "replace") if file == "out" else (np, "save")
+    original = getattr(owner, name)
+
+    def end(*args: object) -> None:
+        original(*args)
+        if file == "bases" or str(args[1]).endswith("out.npy"):
+            raise KeyboardInterrupt
+
+    return owner, name, end
+
+
 def test_what_is_lost_of_an_unfinished_reconstruction_is_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
