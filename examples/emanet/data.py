@@ -138,7 +138,8 @@ def find_pairs(images: Path, masks: Path, data: str) -> list[tuple[Path, Path]]:
     """Every image of a folder, by name, and its mask in another: ``X.jpg`` and ``X.png``.
 
     Raises:
-        ValueError: with the name of the data, if a folder or a mask is missing, or there is no image.
+        ValueError: with the name of the data, if a folder, a mask or an image is missing, there is none at all, or two
+            images have one mask.
     """
     for folder in (images, masks):
         if not folder.is_dir():
@@ -147,9 +148,16 @@ def find_pairs(images: Path, masks: Path, data: str) -> list[tuple[Path, Path]]:
     pairs = [(path, masks / f"{path.stem}.png") for path in paths if not path.name.startswith(".")]
     if not pairs:
         raise ValueError(f"{data} needs images in {images}; got none")
+    image_of: dict[Path, Path] = {}
     for image, mask in pairs:
         if not mask.is_file():
             raise ValueError(f"{image} needs its mask {mask}, which does not exist")
+        if mask in image_of:
+            raise ValueError(f"{mask} must be the mask of one image; got {image_of[mask].name} and {image.name}")
+        image_of[mask] = image
+    for mask in sorted(masks.glob("[!.]*.png")):
+        if mask not in image_of:
+            raise ValueError(f"{mask} needs its image, a JPEG or PNG in {images}, which does not exist")
     return pairs
 
 

@@ -402,6 +402,12 @@ def test_splits_of_ones_own_are_folders_if_there_is_one_for_validation(tmp_path:
         dataset = own_folder(tmp_path, split, ("sky", "road", "tree"), size=(4, 6))
         assert "".join(image.stem for image, _ in dataset.pairs) == names
         assert dataset[0][0].shape == (3, 4, 6)
+    (tmp_path / "images" / "train" / "b.jpg").rename(tmp_path / "images" / "train" / "a.jpeg")
+    with pytest.raises(ValueError, match=r"train/a.png must be the mask of one image; got a.jpeg and a.jpg$"):
+        own_folder(tmp_path, "train", ("sky",))
+    (tmp_path / "images" / "train" / "a.jpeg").unlink()
+    with pytest.raises(ValueError, match=r"masks/train/b.png needs its image, a JPEG or PNG in .*images/train, which"):
+        own_folder(tmp_path, "train", ("sky",))
     (tmp_path / "masks" / "val" / "c.png").unlink()
     with pytest.raises(ValueError, match=r"images/val/c.jpg needs its mask .*masks/val/c.png, which does not exist"):
         own_folder(tmp_path, "val", ("sky",))
