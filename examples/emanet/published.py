@@ -15,6 +15,7 @@ rounding alone. The bases in the file may be shorter than 1, and EM starts from 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
@@ -82,7 +83,8 @@ def load_network(path: Path | str) -> Loaded:
     Backbone, channels, bases, classes and mmsegmentation's ``concat_input`` are found in the weights.
 
     Raises:
-        ValueError: with the file's name, for one that is missing, broken or not an EMANet's.
+        ValueError: with the file's name, for one that is missing, broken or not an EMANet's, or whose classes have
+            other names than strings or other colours than RGB.
     """
     entries = load_checkpoint(Path(path))
     format = next((format for format, entry in WEIGHTS.items() if entry in entries), None)
@@ -106,9 +108,27 @@ def load_network(path: Path | str) -> Loaded:
     if name := first_not_finite(weights):
         raise ValueError(f"{path} must hold a network of finite numbers; {name} has others")
     classes = range(model.fc2.out_channels)
-    names = VOC_NAMES if len(classes) == len(VOC_NAMES) else [f"class {label}" for label in classes]
-    names, colours = entries.get("names", names), entries.get("colours", map(voc_colour, classes))
-    return Loaded(model.eval(), network, tuple(names), tuple(map(tuple, colours)))
+    names = VOC_NAMES if len(classes) == len(VOC_NAMES) else tuple(f"class {label}" for label in classes)
+    names = of_classes(entries.get("names", ()), names, is_name, f"{path} must have names")
+    colours = of_classes(
+        entries.get("colours", ()), tuple(map(voc_colour, classes)), is_colour, f"{path} must have colours"
+    )
+    return Loaded(model.eval(), network, names, tuple(map(tuple, colours)))
+
+
+def of_classes(own: Any, defaults: tuple[Any, ...], is_one: Callable[[Any], bool], needs: str) -> tuple[Any, ...]:
+    """What a checkpoint has of its first classes, and the defaults of the rest."""
+    if not (isinstance(own, list | tuple) and len(own) <= len(defaults) and all(map(is_one, own))):
+        raise ValueError(f"{needs} of its {len(defaults)} classes; got {shorten(repr(own), 200)}")
+    return *own, *defaults[len(own) :]
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_colour(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(part in range(256) for part in value)
 
 
 def is_state_dict(weights: object) -> bool:

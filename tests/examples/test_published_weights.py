@@ -352,12 +352,32 @@ def test_the_official_format_is_for_the_published_network_alone(change: dict, me
     assert not list(tmp_path.iterdir())
 
 
-def test_names_and_colours_are_kept_in_our_format(tmp_path: Path) -> None:
+@pytest.fixture
+def named(tmp_path: Path) -> Loaded:
+    """A network of two classes that have names and colours."""
     path = save(numbered(official_shapes(50, channels=8, bases=4, classes=2)), "official", tmp_path / "weights.pth")
-    named = load_network(path)._replace(names=("road", "car"), colours=((1, 2, 3), (4, 5, 6)))
+    return load_network(path)._replace(names=("road", "car"), colours=((1, 2, 3), (4, 5, 6)))
+
+
+def test_names_and_colours_are_kept_in_our_format(named: Loaded, tmp_path: Path) -> None:
     write_checkpoint(named, tmp_path / "ours.pt", "ema-attention")
     again = load_network(tmp_path / "ours.pt")
     assert (again.names, again.colours) == (named.names, named.colours)
+
+
+def test_classes_without_a_name_have_their_number(named: Loaded, tmp_path: Path) -> None:
+    write_checkpoint(named._replace(names=("road",), colours=()), tmp_path / "ours.pt", "ema-attention")
+    again = load_network(tmp_path / "ours.pt")
+    assert (again.names, again.colours) == (("road", "class 1"), ((0, 0, 0), (128, 0, 0)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"names": 3}, {"names": (1, 2)}, {"names": ("a", "b", "c")}, {"colours": ((1, 2),)}, {"colours": (3,)}]
+)
+def test_names_and_colours_that_are_none_are_refused(change: dict, named: Loaded, tmp_path: Path) -> None:
+    write_checkpoint(named._replace(**change), tmp_path / "ours.pt", "ema-attention")
+    with pytest.raises(ValueError, match=rf"ours.pt must have {next(iter(change))} of its 2 classes; got "):
+        load_network(tmp_path / "ours.pt")
 
 
 def test_mmsegmentations_auxiliary_head_is_dropped(tmp_path: Path) -> None:
