@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from ema_attention._checks import check_arguments, check_tensor
+from ema_attention._checks import check_arguments, check_dtype, check_tensor
 from ema_attention._layout import flatten
 from ema_attention._steps import Problem, expectation, maximization, prepare, statistics
 from ema_attention._torch import at_least_float32, without_autocast
@@ -81,7 +83,9 @@ class TiledEMAttention:
             problem, mu = self._prepare(x, self._mu, mask)
             sums = statistics(problem, expectation(problem, mu)).cpu().double()
         if not sums.isfinite().all():
-            raise ValueError("x must be finite where it takes part; got a tile that is not")
+            raise ValueError(
+                "x must be finite where it takes part, and so must mu, weight and bias; one of them is not"
+            )
         self._sums = sums if self._sums is None else self._sums + sums
 
     @torch.no_grad()
@@ -124,17 +128,28 @@ class TiledEMAttention:
         """Goes on from a :meth:`state_dict`.
 
         Raises:
-            ValueError: for one of other tensors or shapes.
+            TypeError: for what is no dict of tensors.
+            ValueError: for one of other tensors or shapes, or with values that are not finite.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict; got {type(state_dict).__name__}")
+        tensors = {name: tensor for name, tensor in state_dict.items() if tensor is not None}
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
+            check_dtype(name, tensor.dtype)
         channels = self._mu.shape[1] if self._weight is None else self._weight.shape[1]
         bases = tuple(self._mu.shape[1:])
         expected = {"mu": bases, "mu_before": bases, "sums": (channels + 1, bases[1])}
-        got = {name: None if t is None else tuple(t.shape[1:]) for name, t in state_dict.items()}
-        if got.keys() != expected.keys() or any(got[k] not in (expected[k], None) for k in got) or got["mu"] is None:
-            raise ValueError(f"state_dict must hold tensors (B, *) of {expected}; got {got}")
-        mu, before, sums = (None if t is None else _copy(t) for t in map(state_dict.get, expected))
-        assert mu is not None  # for the type checker
-        self._mu, self._mu_before, self._sums = mu, before, sums
+        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        fits = state_dict.keys() == expected.keys() and all(shape[1:] == expected[name] for name, shape in got.items())
+        batches = {shape[:1] for shape in got.values()} - {(1,)}
+        if not fits or "mu" not in got or len(batches) > 1:
+            raise ValueError(f"state_dict must hold tensors (B, *) of {expected}, with one B; got {got}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"state_dict must hold finite tensors; {name} is not")
+        copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+        self._mu, self._mu_before, self._sums = copies["mu"], copies.get("mu_before"), copies.get("sums")
 
     def _prepare(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""

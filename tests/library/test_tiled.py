@@ -122,11 +122,25 @@ def test_the_constructor_says_what_is_wrong(options: dict, error: type[Exception
         TiledEMAttention(**{"mu": torch.ones(8, 2), **options})
 
 
-@pytest.mark.parametrize("change", [{"mu": torch.ones(1, 7, 2)}, {"sums": torch.ones(1, 8, 2)}, {"more": None}])
-def test_a_state_of_another_problem_is_refused(change: dict) -> None:
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mu": torch.ones(1, 7, 2)}, ValueError, r"must hold tensors .*; got {'mu': \(1, 7, 2\)}"),
+        ({"mu": None}, ValueError, "must hold tensors .*; got {}"),
+        ({"mu": torch.ones(2, 8, 2).long()}, TypeError, "mu must be float16, .*; got torch.int64"),
+        ({"mu": torch.full((1, 8, 2), torch.nan)}, ValueError, "must hold finite tensors; mu is not"),
+        ({"sums": torch.ones(1, 8, 2)}, ValueError, "must hold tensors"),
+        ({"sums": torch.ones(2, 9, 2), "mu_before": torch.ones(3, 8, 2)}, ValueError, "with one B; got"),
+        ({"sums": 1}, TypeError, "sums must be a Tensor; got int"),
+        ({"more": None}, ValueError, "must hold tensors"),
+    ],
+)
+def test_a_state_of_another_problem_is_refused(change: dict, error: type[Exception], message: str) -> None:
     em = TiledEMAttention(torch.ones(8, 2))
-    with pytest.raises(ValueError, match="state_dict must hold"):
+    with pytest.raises(error, match=message):
         em.load_state_dict({**em.state_dict(), **change})
+    with pytest.raises(TypeError, match="state_dict must be a dict; got NoneType"):
+        em.load_state_dict(None)
 
 
 def test_sums_of_many_tiles_do_not_lose_digits() -> None:
@@ -169,7 +183,7 @@ def test_errors_say_what_was_expected() -> None:
         em.add(x[:, :3])
     with pytest.raises(ValueError, match=r"mask must be \(B, \*spatial\) = \(1, 5\); got \(1, 4\)"):
         em.add(x, torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"state_dict must hold tensors .*'mu': \(4, 2\).*; got .*'mu': \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"state_dict must hold tensors .*'mu': \(4, 2\).*; got .*'mu': \(1, 5, 2\)"):
         em.load_state_dict(TiledEMAttention(torch.ones(5, 2)).state_dict())
 
 
