@@ -161,6 +161,13 @@ def test_a_signal_is_a_line_for_each_channel():
     torch.testing.assert_close(view["z"][:, :, 0, 0], z[:, 0], rtol=0, atol=1 / 8189)
 
 
+def test_a_signal_of_any_range_and_byte_order():
+    for signal in (torch.tensor([[-3e38, 0, 3e38]]), np.array([[-2, 0, 2]], ">i2")):
+        assert read(explore_stages(stages(3), [signal]))["pictures"] == [{"lines": [[0, 0.5, 1]]}]
+    with pytest.raises(TypeError, match=r"an image must be of real numbers; got .*complex64"):
+        explore_stages(stages(3), [torch.ones(3, dtype=torch.complex64)])
+
+
 def test_a_long_signal_keeps_its_extremes():
     signal = torch.zeros(5000)
     signal[3210], signal[77] = 5, -3

@@ -324,7 +324,7 @@ def _picture(image: Any, dimensions: int, slices: int, name: str) -> dict[str, A
                 f"{name} must be a finite signal (L,) or (C, L) for maps in one dimension (or give the grid of the "
                 f"tokens of a photograph); got {tuple(values.shape)}"
             )
-        return {"lines": _lines(values.view(-1, values.shape[-1]).float())}
+        return {"lines": _lines(values.view(-1, values.shape[-1]).double())}  # the range of float32 may overflow it
     values = values[None] if values.dim() == 3 else values
     if values.dim() != 4 or len(values) not in (1, 3) or not values.numel():
         raise ValueError(
@@ -338,7 +338,12 @@ def _picture(image: Any, dimensions: int, slices: int, name: str) -> dict[str, A
 def _tensor(image: Any) -> Tensor:
     import numpy as np
 
-    return image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if not isinstance(image, Tensor):
+        array = np.array(image)
+        image = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    if image.is_complex():
+        raise TypeError(f"an image must be of real numbers; got {image.dtype}")
+    return image.detach().cpu()
 
 
 def _lines(signal: Tensor) -> list[list[float]]:

@@ -74,6 +74,7 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
     z = z.detach().float().cpu()
     num_bases = len(z)
     shares = z.mean((1, 2))
+    bases = bases.tolist() if isinstance(bases, Tensor) else bases
     shown = shares.argsort(descending=True, stable=True)[:_MOST_MAPS].tolist() if bases is None else list(bases)
     if not shown or len(set(shown)) < len(shown) or not set(shown) <= set(range(num_bases)):
         raise ValueError(f"bases must be different numbers from 0 to {num_bases - 1}, one or more; got {bases}")
@@ -132,10 +133,10 @@ def plot_em_stages(image: Any, z: Tensor, objective: Tensor) -> NotebookFigure:
     _check_maps(z, "T, K, H, W")
     if not isinstance(objective, Tensor):
         raise TypeError(f"objective must be a tensor; got {type(objective).__name__}")
-    if objective.shape != (len(z) + 1,) or not objective.isfinite().all():
-        raise ValueError(
-            f"objective must be ({len(z) + 1},), finite, for {len(z)} stages; got {tuple(objective.shape)}"
-        )
+    if objective.shape != (len(z) + 1,):
+        raise ValueError(f"objective must be ({len(z) + 1},) for {len(z)} stages; got {tuple(objective.shape)}")
+    if not objective.isfinite().all():
+        raise ValueError(f"objective must be finite; got {objective.tolist()}")
     ratio = len(z) ** (1 / (_MOST_STAGES - 1))
     farther = {min(len(z), round(ratio**i)) for i in range(_MOST_STAGES)}
     shown = sorted(farther) if len(z) > _MOST_STAGES else list(range(1, len(z) + 1))
@@ -233,7 +234,7 @@ def as_photo(image: Any) -> Tensor:
         array = np.array(image)
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise TypeError(f"image must be uint8 or floating point; got {array.dtype}")
-        photo = torch.from_numpy(array)
+        photo = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
         photo = photo[..., None] if photo.dim() == 2 else photo
         fits = photo.dim() == 3 and photo.shape[2] in (1, 3)
     if not fits or not photo.numel():
