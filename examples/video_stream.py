@@ -36,7 +36,8 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 def find_frames(folder: Path, frames: int) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"the folder of frames must exist; got {folder}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)[:frames]
+    images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGES and not path.name.startswith("."))
+    paths = sorted(images)[:frames]
     if len(paths) < 2:
         raise ValueError(f"{folder} must hold 2 images or more; got {len(paths)}")
     return paths
@@ -111,9 +112,9 @@ def plot(cold: np.ndarray, warm: np.ndarray, needed: np.ndarray) -> Figure:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("stages", "frames"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}")
+    for name, least in (("stages", 1), ("frames", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}; got {getattr(args, name)}")
     cold, warm, overlaid = follow(find_frames(args.folder, args.frames), args)
     targets = cold[:, -1] - REACHED * (cold[:, -1] - cold[:, 0])
     needed = np.array([[stages_to(row, t) for row, t in zip(rows, targets, strict=True)] for rows in (cold, warm)])

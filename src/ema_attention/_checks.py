@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_attention._layout import move_dimension
-from ema_attention._torch import autocasts
+from ema_attention._torch import autocasts, is_vmapped
 
 GradientMode = Literal["all", "last", "none"]
 """What of EM is differentiated: every stage, the last one, or nothing."""
@@ -129,6 +130,21 @@ def check_unit_settings(decay: float, layer_scale: float, channel_dim: int, dtyp
     check_dtype("dtype", dtype)
 
 
+def make_module(name: str, make: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    """What ``make`` makes for so many channels; raises where that is no module."""
+    if not callable(make):
+        raise TypeError(f"{name} must make a module from a number of channels; got {type(make).__name__}")
+    module = make(channels)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must make a module from a number of channels; it made a {type(module).__name__}")
+    return module
+
+
+def check_no_vmap(name: str) -> None:
+    if is_vmapped():
+        raise ValueError(f"{name} must see whole batches; got a model under torch.vmap, where each sample stands alone")
+
+
 def check_group(name: str, group: object) -> None:
     """Raises for what is no group of this rank, such as what torch.distributed.new_group gives to a rank outside it."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
@@ -138,6 +154,7 @@ def check_group(name: str, group: object) -> None:
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:
     """Raises for an input that a unit for ``channels`` in ``channel_dim``, with parameters of ``dtype``, refuses."""
     check_tensor("x", x)
+    check_integer("channel_dim", channel_dim)
     dims = x.dim()
     if dims < 3 or not -dims <= channel_dim < dims or channel_dim % dims == 0 or x.shape[channel_dim] != channels:
         raise ValueError(

@@ -90,6 +90,12 @@ def is_transformed() -> bool:
     return not is_tracing() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_vmapped() -> bool:
+    """Whether the code runs under torch.vmap, whose tensors mean nothing outside of it."""
+    stack = None if is_tracing() else torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
 def is_forward_mode() -> bool:
     """Whether derivatives are taken forward (torch.func.jvp, jacfwd), which the autograd.Functions here have not."""
     return forward_ad._current_level >= 0

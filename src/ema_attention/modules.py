@@ -19,10 +19,12 @@ from ema_attention._checks import (
     GradientMode,
     check_decay,
     check_group,
+    check_no_vmap,
     check_positive_integers,
     check_settings,
     check_unit_input,
     check_unit_settings,
+    make_module,
 )
 from ema_attention._convolution import convolve
 from ema_attention._forms import is_pointwise, projection_form
@@ -107,7 +109,8 @@ class EMAUnit(nn.Module):
 
     Shape:
         x (B, C, \*spatial), or with the channels at ``channel_dim``; the output has x's shape and dtype,
-        and its memory layout (``channels_last`` stays ``channels_last``).
+        and its memory layout: contiguous stays contiguous and ``channels_last`` ``channels_last`` (but a
+        ``channel_dim`` in the middle makes a view).
 
     Raises:
         TypeError, ValueError: in the constructor for settings that make no sense; in ``forward`` for a
@@ -165,7 +168,7 @@ class EMAUnit(nn.Module):
         self.conv1 = nn.Conv2d(channels, inner_channels, 1, device=device, dtype=dtype)
         self.conv2 = nn.Sequential(
             nn.Conv2d(inner_channels, channels, 1, bias=False, device=device, dtype=dtype),
-            norm_layer(channels),
+            make_module("norm_layer", norm_layer, channels),
         )
         if device is not None or dtype is not None:
             self.conv2[1].to(device=device, dtype=dtype)
@@ -303,6 +306,7 @@ class EMAUnit(nn.Module):
         """Gives the maps z (B, N, K) to whoever collects them; see :func:`collect_attention_maps`."""
         for maps, name, thread in self.map_collectors:
             if is_tracing() or thread == threading.get_ident():
+                check_no_vmap("collect_attention_maps")
                 maps[name] = layout.restore_maps(z.transpose(1, 2))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -424,6 +424,8 @@ def test_other_norms_fit(norm_layer) -> None:
         ({"gradient": "some"}, ValueError, "gradient must be one of .* got 'some'"),
         ({"channel_dim": 0}, ValueError, "channel_dim must not be 0"),
         ({"channel_dim": "last"}, TypeError, "channel_dim must be an int; got str"),
+        ({"norm_layer": None}, TypeError, "norm_layer must make a module from a number of channels; got NoneType"),
+        ({"norm_layer": lambda c: None}, TypeError, "norm_layer must make a module .*; it made a NoneType"),
         ({"scale": torch.ones(())}, TypeError, "scale must be a float; got Tensor"),
         (
             {"layer_scale": 0, "norm_layer": nn.Identity},
@@ -470,9 +472,10 @@ def test_settings_are_attributes_and_in_the_repr() -> None:
         ("scale", -1.0, ValueError),
         ("scale", math.inf, ValueError),
         ("decay", 1.5, ValueError),
+        ("channel_dim", "last", TypeError),
     ],
 )
-def test_settings_that_are_set_later_are_checked_too(name: str, value: float, error: type[Exception]) -> None:
+def test_settings_that_are_set_later_are_checked_too(name: str, value: object, error: type[Exception]) -> None:
     unit = EMAUnit(8, 4)
     setattr(unit, name, value)
     with pytest.raises(error, match=f"^{name} must be .*; got "):

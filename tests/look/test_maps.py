@@ -1,5 +1,7 @@
 import copy
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -97,6 +99,33 @@ def test_a_thread_collects_its_own_maps() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(collect, range(2))) == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:collect_attention_maps saw no unit")
+def test_many_threads_open_and_close_collections_of_one_model() -> None:
+    model = nn.Sequential(*(EMAUnit(2, 2) for _ in range(50)))
+
+    def collect(_: int) -> None:
+        for _ in range(50):
+            with collect_attention_maps(model):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(collect, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [unit.map_collectors for unit in model] == [[]] * 50
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad])
+def test_maps_under_vmap_are_refused(transform: Callable) -> None:
+    unit = EMAUnit(6, 4).eval()
+    run = torch.func.vmap(transform(lambda x: unit(x[None]).sum()))
+    with pytest.raises(ValueError, match=r"must see whole batches; got .* torch\.vmap"), collect_attention_maps(unit):
+        run(torch.randn(2, 6, 3, 3))
 
 
 def test_warns_if_nothing_was_collected() -> None:
