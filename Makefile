@@ -26,7 +26,7 @@ help:
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "ema-attention needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
-	@echo "Installing into $(VENV): 6.4 GB with CUDA, a few minutes, once. README.md says how to have less."
+	@echo "Installing into $(VENV): 6.4 GiB with CUDA, a few minutes, once. README.md says how to have less."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -338,12 +338,14 @@ def _picture(image: Any, dimensions: int, slices: int, name: str) -> dict[str, A
 def _tensor(image: Any) -> Tensor:
     import numpy as np
 
-    if not isinstance(image, Tensor):
+    if isinstance(image, Tensor):
+        values = image.detach().cpu()
+    else:
         array = np.array(image)
-        image = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    if image.is_complex():
-        raise TypeError(f"an image must be of real numbers; got {image.dtype}")
-    return image.detach().cpu()
+        values = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    if values.is_complex():
+        raise TypeError(f"an image must be of real numbers; got {values.dtype}")
+    return values
 
 
 def _lines(signal: Tensor) -> list[list[float]]:
