@@ -54,11 +54,18 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
         ax.set_title(f"{name}: largest of {z.shape[1]} bases")
     for ax in axes:
         ax.set(xticks=[], yticks=[])
-    patches = [class_patch(colour, name) for name, colour in zip(names, colours, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 3 * count), fontsize="small")
+    draw_class_legend(figure, names, colours, columns=3 * count)
     return figure
 
 
-def class_patch(colour: Sequence[int], label: str) -> Patch:
-    """The entry of a class in a legend."""
-    return Patch(facecolor=[channel / 255 for channel in colour], edgecolor="#808080", label=label)
+def draw_class_legend(figure: Figure, labels: Sequence[str], colours: Colours, columns: int) -> None:
+    """A legend below a figure of so many columns at most: the label of each class, as it is written, and its colour."""
+    patches = [
+        Patch(facecolor=[channel / 255 for channel in colour], edgecolor="#808080", label=label)
+        for label, colour in zip(labels, colours, strict=True)
+    ]
+    legend = figure.legend(
+        handles=patches, loc="outside lower center", ncols=min(len(patches), columns), fontsize="small"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name starts no formula

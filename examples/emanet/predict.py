@@ -19,7 +19,7 @@ from ema_attention import collect_attention_maps, plot_attention_maps
 from examples._common.evaluation import segment
 from examples._common.files import write_figure
 from examples._common.picture_files import read_image
-from examples._common.pictures import class_patch, colour_classes
+from examples._common.pictures import colour_classes, draw_class_legend
 from examples._common.samples import Colours, normalisation
 from examples.emanet.evaluate import PAPER_SCALES
 from examples.emanet.published import load_network
@@ -37,11 +37,9 @@ def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: 
         int(label): int(count) / classes.numel()
         for label, count in zip(*classes.unique(return_counts=True), strict=True)
     }
-    patches = [
-        class_patch(colours[label], f"{names[label]} {share:.1%}")
-        for label, share in sorted(shares.items(), key=lambda item: -item[1])
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize="small")
+    order = sorted(shares, key=lambda label: -shares[label])
+    labels = [f"{names[label]} {shares[label]:.1%}" for label in order]
+    draw_class_legend(figure, labels, tuple(colours[label] for label in order), columns=6)
     return figure
 
 

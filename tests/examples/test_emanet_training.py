@@ -631,3 +631,12 @@ def test_pictures_show_image_label_prediction_and_maps(streets: Path) -> None:
     shares = [float(text.get_text().split()[-1][:-1]) for text in overlay.legends[0].get_texts()]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_a_legend_shows_names_as_they_are_written() -> None:
+    names = ("$x^$", "a_b")  # matplotlib takes what is between two $ for a formula, and this is none
+    overlay = plot_overlay(
+        torch.zeros(3, 8, 8, dtype=torch.uint8), torch.arange(64).reshape(8, 8) % 2, names, ((255, 0, 0), (0, 0, 255))
+    )
+    overlay.draw_without_rendering()
+    assert [text.get_text().split()[0] for text in overlay.legends[0].get_texts()] == list(names)
