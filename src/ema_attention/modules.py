@@ -318,7 +318,8 @@ class EMAUnit(nn.Module):
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied, and the copy belongs to the same
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        state = EMAUnit.__getstate__(self)  # not that of a parametrized class, which refuses
+        copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         return copied
 
     def extra_repr(self) -> str:

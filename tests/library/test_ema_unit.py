@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from ema_attention import EMAUnit, collect_attention_maps, em_attention
@@ -217,6 +218,15 @@ def test_a_copy_belongs_to_the_same_process_group() -> None:
     unit = EMAUnit(8, 4)
     unit.process_group = Group()
     assert copy.deepcopy(unit).process_group is unit.process_group
+
+
+def test_a_unit_with_parametrized_bases_can_be_copied() -> None:
+    unit = EMAUnit(8, 4).eval()
+    register_parametrization(unit, "mu", nn.Tanh())
+    x = torch.randn(2, 8, 3, 3)
+    copied = copy.deepcopy(unit)
+    assert torch.equal(copied(x), unit(x))
+    assert copied.parametrizations is not unit.parametrizations
 
 
 @pytest.mark.parametrize(
