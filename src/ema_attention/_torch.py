@@ -155,7 +155,8 @@ def pull_back(function: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[
         return gradients
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = tuple(t if create_graph and t.requires_grad else t.detach().requires_grad_() for t in inputs)
+        # Views, because one input may have been made from another: the gradient of that one must not pass through it.
+        inputs = tuple(t[:] if create_graph and t.requires_grad else t.detach().requires_grad_() for t in inputs)
         output = function(*inputs)
     return torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True)
 

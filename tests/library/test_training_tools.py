@@ -6,13 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
-from ema_attention import EMAUnit
+from ema_attention import EMAUnit, em_attention
 from ema_attention._torch import HAS_TOP_HOOKS, saved_tensors_hooks
 
 
@@ -149,6 +150,22 @@ def test_a_backward_under_saved_tensors_hooks() -> None:
             gradient.pow(2).sum().backward()
         gradients += [gradient, source.grad]
     for actual, expected in zip(gradients[:2], gradients[2:], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_hooks_to_tell
+def test_second_derivatives_of_bases_that_train_under_saved_tensors_hooks() -> None:
+    gradients = []
+    for context in (torch.autograd.graph.save_on_cpu, contextlib.nullcontext):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 6, 36), (6, 4))]
+        inputs = [inputs[0].requires_grad_(), F.normalize(inputs[1], dim=0).requires_grad_()]
+        with context():
+            out = em_attention(*inputs, 2).out
+            first = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), inputs)
+        gradients.append([*first, *second])
+    for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
