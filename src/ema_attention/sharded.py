@@ -46,7 +46,7 @@ def sharded_em_attention(
 
     Args:
         x: the rank's slice of the features, (B, C, \*spatial).
-        mu: the bases to start from, as the arguments below see :func:`em_attention`.
+        mu: the bases to start from. All arguments but ``group`` are those of :func:`em_attention`.
         stages: T.
         group: the process group that shares the samples; ``None`` for all ranks.
         scale: λ.

@@ -29,9 +29,9 @@ class TiledEMAttention:
 
     Args:
         mu: the bases to start from, (C', K), (1, C', K) or (B, C', K).
-        scale: see :func:`em_attention`, as are ``weight`` and ``bias``.
-        weight: (C', C).
-        bias: (C',).
+        scale: as in :func:`em_attention`.
+        weight: (C', C), as in :func:`em_attention`.
+        bias: (C',), as in :func:`em_attention`.
 
     Raises:
         TypeError, ValueError: as :func:`em_attention`.
@@ -137,9 +137,8 @@ class TiledEMAttention:
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
             check_dtype(name, tensor.dtype)
-        channels = self._mu.shape[1] if self._weight is None else self._weight.shape[1]
         bases = tuple(self._mu.shape[1:])
-        expected = {"mu": bases, "mu_before": bases, "sums": (channels + 1, bases[1])}
+        expected = {"mu": bases, "mu_before": bases, "sums": (self._channels + 1, bases[1])}
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         fits = state_dict.keys() == expected.keys() and all(shape[1:] == expected[name] for name, shape in got.items())
         batches = {shape[:1] for shape in got.values()} - {(1,)}
@@ -151,14 +150,23 @@ class TiledEMAttention:
         copies = {name: _copy(tensor) for name, tensor in tensors.items()}
         self._mu, self._mu_before, self._sums = copies["mu"], copies.get("mu_before"), copies.get("sums")
 
+    @property
+    def _channels(self) -> int:
+        """How many the tiles have."""
+        return self._mu.shape[1] if self._weight is None else self._weight.shape[1]
+
     def _prepare(self, x: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Problem, Tensor]:
         """The tile's problem and the bases mu, both float32 or wider and on the tile's device."""
+        if x.dim() > 2 and x.shape[1] != self._channels:
+            raise ValueError(f"x must have {self._channels} channels; got {x.shape[1]}")
+        has_begun = self._sums is not None or self._mu_before is not None
+        seen = self._mu if self._sums is None else self._sums  # whose batch size is that of the tiles so far
+        if x.dim() > 2 and len(x) != len(seen) and (has_begun or len(seen) > 1):
+            before = "the tiles before it" if has_begun else "mu"
+            raise ValueError(f"x must have the batch size of {before}, {len(seen)}; got {len(x)}")
         mu = mu.to(x.device, at_least_float32(self._dtype))
         weight, bias = (None if p is None else p.to(x.device) for p in (self._weight, self._bias))
         check_arguments(x, mu, 1, self._scale, "none", mask, weight, bias)
-        seen = self._mu if self._sums is None else self._sums  # whose batch size is that of the tiles so far
-        if len(x) != len(seen) and (self._sums is not None or self._mu_before is not None):
-            raise ValueError(f"x must have the batch size of the tiles before it, {len(seen)}; got {len(x)}")
         features, _ = flatten(x)
         return prepare(features.to(at_least_float32(x.dtype, mu.dtype)), mu, self._scale, mask, weight, bias)
 

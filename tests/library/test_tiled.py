@@ -92,6 +92,13 @@ def test_tiles_of_another_batch_size_are_refused() -> None:
     em.step()
     with pytest.raises(ValueError, match="batch size of the tiles before it, 1; got 3"):
         em.attend(torch.randn(3, 8, 5))
+    em = TiledEMAttention(F.normalize(torch.randn(2, 8, 2), dim=1))
+    with pytest.raises(ValueError, match="batch size of mu, 2; got 3"):
+        em.add(torch.randn(3, 8, 5))
+    em.add(torch.randn(2, 8, 5))
+    em.step()
+    with pytest.raises(ValueError, match="batch size of the tiles before it, 2; got 3"):
+        em.add(torch.randn(3, 8, 5))
 
 
 def test_a_tile_that_is_not_finite_is_refused_and_changes_nothing() -> None:
@@ -179,7 +186,7 @@ def test_errors_say_what_was_expected() -> None:
     for tile in (em.add, em.attend):
         with pytest.raises(TypeError, match="x must be a Tensor; got ndarray"):
             tile(x.numpy())
-    with pytest.raises(ValueError, match=r"mu must be .* C' = 3.*; got \(1, 4, 2\)"):
+    with pytest.raises(ValueError, match="x must have 4 channels; got 3"):
         em.add(x[:, :3])
     with pytest.raises(ValueError, match=r"mask must be \(B, \*spatial\) = \(1, 5\); got \(1, 4\)"):
         em.add(x, torch.ones(1, 4, dtype=torch.bool))
