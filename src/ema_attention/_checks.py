@@ -100,7 +100,7 @@ def check_positive_integers(**values: object) -> None:
 
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
 def check_integer(name: str, value: object) -> None:

@@ -12,7 +12,8 @@ chosen by                   plain form                   what another form saves
 ``has_half_products``       products in float32          half precision is faster, and as good as it can be
 =========================== ============================ ==================================================
 
-While a graph is traced (torch.compile, export) a form cannot depend on a size, and compilers fuse the plain form.
+While a graph is traced (torch.compile, export) a form cannot depend on a size, and compilers fuse the plain form. But
+conv1 is folded there, except on CUDA.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ _is_plain_form: ContextVar[bool] = ContextVar("plain_form", default=False)
 def plain_form() -> Iterator[None]:
     """Everything inside runs in its plain form: the paper's operations, one by one, and nothing but autograd.
 
-    The results are the same but for rounding. For whoever doubts that, or wants to read a profile or a traceback. Code
-    that torch.compile, torch.export or torch.jit.trace records is not changed by it. A backward that runs a checkpoint
-    again needs it too.
+    The results are the same but for rounding. (A ``weight`` that is given to :func:`em_attention` stays folded.) For
+    whoever doubts that, or wants to read a profile or a traceback. Code that torch.compile, torch.export or
+    torch.jit.trace records is not changed by it. A backward that runs a checkpoint again needs it too.
 
     Example:
         >>> import torch
@@ -85,7 +86,7 @@ def projection_form(
     if not is_pointwise(conv1):
         return "called"
     if not _may_choose():
-        return "folded" if is_tracing() else "called"
+        return "folded" if is_tracing() and x.device.type != "cuda" else "called"
     folds_from = FOLDS_FROM_IN_HALF if x.dtype in HALF else FOLDS_FROM
     is_large = x.device.type != "cuda" and x.shape[2] > folds_from * 2 * stages * num_bases
     if is_large:
@@ -116,7 +117,7 @@ def residual_form(
     Multiplied: conv2's convolution is a product. Called: as any other module.
     """
     is_small = x.shape[2] < SAVES_MEMORY_FROM
-    if not _may_choose() or (is_small and not multiplies_faster(x)) or not _is_as_made(conv2, x):
+    if not _may_choose() or (is_small and not multiplies_faster(x)) or not _is_convolution_and_norm(conv2, x):
         return "called"
     if is_small:
         return "multiplied"
@@ -159,7 +160,7 @@ def _may_choose() -> bool:
     return not (is_tracing() or is_forward_mode() or _is_plain_form.get())
 
 
-def _is_as_made(conv2: nn.Module, x: Tensor) -> bool:
+def _is_convolution_and_norm(conv2: nn.Module, x: Tensor) -> bool:
     """Whether conv2 is a 1×1 convolution without bias and one more module, with weights in x's dtype or autocast's."""
     if not (is_plain(conv2, nn.Sequential) and len(conv2) == 2):
         return False

@@ -77,9 +77,10 @@ class EMAUnit(nn.Module):
     from and moves nothing. (BatchNorm's running statistics move twice. A unit that torch.compile has compiled
     cannot tell: compile around the checkpoint, and allow graph breaks.)
 
-    Where there are many positions, on a CPU, ``conv1`` is not run: its weights are folded into the bases,
-    which gives the same function for less. Where a CPU is faster at products, each convolution runs as a matrix
-    product. (A module with hooks of its own, or of another kind, is always called.) See :func:`plain_form`.
+    Where there are many positions, and in compiled code, ``conv1`` is not run, except on CUDA: its weights are folded
+    into the bases, which gives the same function for less. Where a CPU is faster at products, each convolution runs
+    as a matrix product. (A module with hooks of its own, or of another kind, is always called.) See
+    :func:`plain_form`.
 
     Parameter names and shapes are those of the published EMANet weights.
 
@@ -174,7 +175,7 @@ class EMAUnit(nn.Module):
             self.conv2[1].to(device=device, dtype=dtype)
         self.map_collectors: list[MapCollector] = []  # of collect_attention_maps
         self._starts = Starts()
-        self._is_compiled = False
+        self._is_compiled = False  # nothing reads it: see _starting_bases
         self.gradient = gradient
         self.reset_parameters()
 

@@ -75,8 +75,10 @@ def test_conv1_is_folded_beyond_its_limit(
     with monkeypatch.context() as patch:
         patch.setattr(_forms, "is_tracing", lambda: True)
         assert form(1) == "folded"
-    with FakeTensorMode():
-        assert _forms.projection_form(conv1, torch.empty(1, 8, limit + 1, device="cuda"), 4, 3) == "called"
+    for is_tracing in (False, True):
+        monkeypatch.setattr(_forms, "is_tracing", lambda is_tracing=is_tracing: is_tracing)
+        with FakeTensorMode():
+            assert _forms.projection_form(conv1, torch.empty(1, 8, limit + 1, device="cuda"), 4, 3) == "called"
 
 
 def with_hook_on(get: Callable[[EMAUnit], nn.Module]) -> Callable[[EMAUnit], None]:

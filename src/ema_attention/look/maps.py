@@ -13,7 +13,7 @@ from ema_attention.modules import EMAUnit, MapCollector
 
 __all__ = ["collect_attention_maps"]
 
-_of_units = threading.Lock()
+_collectors_lock = threading.Lock()
 """Held while units' lists of collectors change: contexts of several threads may do so at once."""
 
 
@@ -44,13 +44,13 @@ def collect_attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         raise ValueError(f"the model must contain an EMAUnit; got a {type(model).__name__} without one")
     maps: dict[str, Tensor] = {}
     thread = threading.get_ident()
-    with _of_units:
+    with _collectors_lock:
         for name, unit in units.items():
             unit.map_collectors.append(MapCollector(maps, name, thread))
     try:
         yield maps
     finally:
-        with _of_units:
+        with _collectors_lock:
             for unit in units.values():
                 unit.map_collectors = [collector for collector in unit.map_collectors if collector.maps is not maps]
     if not maps:
