@@ -21,15 +21,9 @@ from torch import Tensor, nn
 
 from ema_attention import em_attention, plot_attention_maps
 from examples._common.files import write_figure
-from examples._common.photos import (
-    efficientnet_lite0,
-    extract_features,
-    farthest_positions,
-    load_weights,
-    read_photo,
-    read_weights,
-)
+from examples._common.photos import efficientnet_lite0, extract_features, farthest_positions, read_photo
 from examples._common.samples import IMAGENET_MEAN, IMAGENET_STD
+from examples._common.weights import load_weights, read_weights
 
 
 def resnet50(weights: str) -> Callable[[Tensor], Tensor]:
@@ -41,8 +35,8 @@ def resnet50(weights: str) -> Callable[[Tensor], Tensor]:
         except OSError as error:
             raise ValueError(f"cannot download the weights of resnet50: {error}") from error
     else:
-        state = read_weights(weights)
-    load_weights(model, state, weights)
+        state = read_weights(Path(weights))
+    load_weights(model, state, weights, "resnet50")
     stages = nn.Sequential(*list(model.children())[:-3])  # without layer4, the pooling and the classifier
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return lambda images: stages((images / 255 - mean) / std)

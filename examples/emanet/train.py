@@ -21,22 +21,19 @@ from typing import Any, get_args
 from torch import nn
 
 from ema_attention import GradientMode
-from examples._common.files import load_checkpoint
 from examples._common.processes import first_process_ahead, process_group
 from examples._common.recipe import PRECISIONS, Recipe
 from examples._common.samples import seed_everything
 from examples._common.training import fit
+from examples._common.weights import load_weights, read_weights
 from examples.emanet.data import add_data_arguments, augmentation, open_data
 from examples.emanet.model import BACKBONES, EMANet, emanet
 
 
 def load_backbone(model: nn.Module, path: Path) -> None:
     """Loads a state_dict of torchvision's into the backbone. Raises ValueError if it does not fit."""
-    state = {name: value for name, value in load_checkpoint(path).items() if not name.startswith("fc.")}
-    try:
-        model.backbone.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"{path} must hold the weights of the backbone: its names or shapes are others") from None
+    state = {name: value for name, value in read_weights(path).items() if not name.startswith("fc.")}
+    load_weights(model.backbone, state, path, "the backbone")
 
 
 def build(network: dict[str, Any], weights: str) -> EMANet:
@@ -81,7 +78,7 @@ def train(args: argparse.Namespace) -> None:
             load_backbone(model, Path(weights))
         transform = augmentation(args.crop)
         history = fit(model, train_set, val_set, transform, recipe, args.folder, device, args.resume, network)
-    if recipe.steps not in history:
+    if is_first and recipe.steps not in history:
         print(f"stopped; go on with --resume: {args.folder / 'last.pt'}")
 
 

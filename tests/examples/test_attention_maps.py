@@ -141,7 +141,7 @@ def broken_weights(path, kind):
         ("text", "cannot read the checkpoint {path}: it is broken, or not of tensors alone"),
         ("code", "cannot read the checkpoint {path}: it is broken, or not of tensors alone"),
         ("list", "{path} must be a checkpoint, a dict; got a list"),
-        ("other", "{path} does not hold the weights of "),
+        ("other", "{path} must hold the weights of "),
     ],
 )
 def test_broken_weights_are_one_sentence(backbone, kind, message, photo, tmp_path, capsys):

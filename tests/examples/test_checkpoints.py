@@ -16,7 +16,7 @@ import torch
 from examples._common import locks
 from examples._common.files import load_checkpoint, remove_parts, save_checkpoint, written_whole
 from examples._common.locks import held
-from examples._common.photos import read_weights
+from examples._common.weights import read_weights
 from tests.trouble import file_size_limit, held_elsewhere
 
 CHECKPOINT = {"model": {"weight": torch.arange(20.0), "bias": torch.ones(4)}, "step": 3, "names": ("a", "b")}
@@ -58,7 +58,7 @@ def test_weights_of_backbones_are_checked_too(tmp_path: Path) -> None:
     content[content.find(bytes(400)) + 203] ^= 0x40
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot read the checkpoint {path}"):
-        read_weights(str(path))
+        read_weights(path)
 
 
 def test_a_checkpoint_is_read_by_torch_load_and_one_without_a_zip_file_by_us(tmp_path: Path) -> None:
