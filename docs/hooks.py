@@ -4,7 +4,8 @@ A link ``../path`` on a page here leads to a file of the repository, as it does 
 gets that file too, and what it links to: Markdown as a page, Python as a page that shows it, all else as it is. A
 notebook in docs/ gets a page with its cells and their outputs, next to the file itself.
 
-A line ``[Table: heading](path)`` becomes the first table below the heading that starts so in that file.
+A line ``[Table: heading](path#anchor)`` becomes the first table below the heading that starts so in that file. The
+anchor is for those who read the page in the repository.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 EXPLORER = "explorer_of_the_cat.html"
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+(?=[)#])")
-TABLE = re.compile(r"^\[Table: (?P<heading>.+)\]\((?P<path>\S+)\)$", re.MULTILINE)
+TABLE = re.compile(r"^\[Table: (?P<heading>.+)\]\((?P<path>[^)#\s]+)(#\S+)?\)$", re.MULTILINE)
 NUMBERS = re.compile(r'(?<=<td style="text-align: right;")(?=>(?![^<]*[^\W\d_]{5})[^<]*</td>)')
 """Where a cell gets its class: right-aligned, and without a word of five letters."""
 

@@ -21,7 +21,6 @@ from benchmarks.accuracy.gradients import EARLY
 from benchmarks.accuracy.network_costs import measure_networks
 from benchmarks.accuracy.score_plots import plot_bases, plot_learning, plot_stages, plot_starts
 from benchmarks.accuracy.score_tables import (
-    DATA,
     NAMES,
     SCORES,
     TITLES,
@@ -35,7 +34,7 @@ from benchmarks.accuracy.score_tables import (
     start_table,
     task_table,
 )
-from benchmarks.accuracy.scores import like_for_like, origin, runs_of
+from benchmarks.accuracy.scores import DATA, like_for_like, origin, runs_of
 from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, planned_runs, read_rows
 from benchmarks.accuracy.tasks import FIXED_BASES, LEADING, RUN_OF_BASES, RUN_OF_STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED

@@ -55,9 +55,10 @@ def plot_gradients(rows: Rows, task: str) -> Figure:
         by_stage.plot(range(1, len(stages[0]) + 1), list(map(statistics.mean, zip(*stages, strict=True))), **line)
     ratio.axhline(1, color="#8C8C8C", linewidth=1)
     ratio.set(xscale="log", yscale="log", xlabel="training step")
-    ratio.set_ylabel("gradient of x through the attention,\nover that through the sum")
+    ratio.set_ylabel("norm of the gradient of x through the attention,\nover that of its gradient through the sum")
     norm.set(xscale="log", yscale="log", xlabel="training step", ylabel="norm of the backbone's gradient")
-    by_stage.set(yscale="log", xlabel="stage of the backbone", ylabel=f"norm of its gradient, steps 1 to {EARLY - 1}")
+    by_stage.set(yscale="log", xlabel="stage of the backbone, from the image on")
+    by_stage.set_ylabel(f"norm of the stage's gradient,\nmean of steps 1 to {EARLY - 1}")
     by_stage.xaxis.get_major_locator().set_params(integer=True)
     for axis in (ratio.xaxis, norm.xaxis, *(ax.yaxis for ax in figure.axes)):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.axis_name == "y" else (1,)))

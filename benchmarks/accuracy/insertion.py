@@ -103,18 +103,20 @@ def train(net: ShortSightedNet, block: str, share: float, seed: int, folder: Pat
 
 
 def plot(found: list[Result]) -> Figure:
-    """The IoU of the wanted digits on the validation set after the insertion by step, the mean over the seeds."""
+    """The IoU of the wanted digits on the validation set after the insertion, by step: of each seed, and the mean."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, len(SHARES), sharey=True)
     for ax, (share, name) in zip(axes, SHARES.items(), strict=True):
         for block in INSERTED:
             curves = [result.val for result in found if (result.block, result.share) == (block, share)]
+            for curve in curves:
+                ax.plot(list(curve), list(curve.values()), linewidth=0.7, **(STYLES[block] | {"marker": ""}))
             means = {step: statistics.mean(curve[step] for curve in curves) for step in curves[0]}
-            ax.plot(list(means), list(means.values()), label=block, **STYLES[block])
+            ax.plot(list(means), list(means.values()), linewidth=2.2, label=block, **STYLES[block])
         ax.set(title=f"trained on with {name}", xlabel="training steps since the insertion")
         ax.grid(alpha=0.3)
     seeds = len({result.seed for result in found})
-    axes[0].set_ylabel(f"IoU of the wanted digits on val [%],\nmean over the seeds ({seeds})")
+    axes[0].set_ylabel(f"IoU of the wanted digits on val [%],\n{seeds} seeds (thin) and their mean")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

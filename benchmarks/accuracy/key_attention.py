@@ -95,8 +95,8 @@ def maps_of(net: ShortSightedNet, images: Tensor) -> Tensor:
 
 
 def plot(images: Tensor, attention: dict[str, dict[int, Tensor]]) -> Figure:
-    """Scenes, and beside each what its key attends to: for each unit and step."""
-    steps = [(unit, step) for unit, of_unit in attention.items() for step in of_unit]
+    """Scenes, and beside each what its key attends to: for each unit and step but the first, where it is the mean."""
+    steps = [(unit, step) for unit, of_unit in attention.items() for step in of_unit if step]
     figure = Figure((1.15 * (len(steps) + 1) + 0.6, 1.15 * SHOWN + 1.1), layout="constrained")
     axes = figure.subplots(SHOWN, len(steps) + 1)
     for row, image in enumerate(images[:SHOWN]):
@@ -106,8 +106,8 @@ def plot(images: Tensor, attention: dict[str, dict[int, Tensor]]) -> Figure:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for ax, (unit, step) in zip(axes[0, 1:], steps, strict=True):
-        ax.set_title(f"{unit}\nstep {step:,}" if step == STEPS[len(STEPS) // 2] else f"\nstep {step:,}", fontsize=8)
-    axes[0, 0].set_title("\nscene", fontsize=8)
+        ax.set_title(f"{unit}\nstep {step:,}", fontsize=7)
+    axes[0, 0].set_title("\nscene", fontsize=7)
     figure.colorbar(heat, ax=axes, label="attention of the key's cell,\ntimes the mean", extend="max")
     return figure
 

@@ -7,7 +7,7 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy.scores import count_seeds, deviation, percent, runs_of, scores_of
+from benchmarks.accuracy.scores import DATA, MEASURES, count_seeds, deviation, percent, runs_of, score, scores_of
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import COMPARED, EVALUATED_STAGES, FIXED_BASES, RUN_OF_BASES, RUN_OF_STAGES, TASKS
 from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, PUBLISHED, unit_name
@@ -15,7 +15,7 @@ from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 
 def plot_learning(rows: Rows, task: str) -> Figure:
-    """MIoU on the validation set over the steps: the mean over seeds, with a bar from the lowest to the highest."""
+    """Scores on the validation set over the steps: the mean over seeds, with a bar from the lowest to the highest."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
     recipe = TASKS[task].recipe
@@ -23,7 +23,7 @@ def plot_learning(rows: Rows, task: str) -> Figure:
         runs = runs_of(rows, task, block)
         if not runs:
             continue
-        curves = {int(step): [percent(run["val"][step]) for run in runs] for step in runs[0]["val"]}
+        curves = {int(step): [score(task, run["val"][step]) for run in runs] for step in runs[0]["val"]}
         shift = recipe.evaluate_every * 0.05 * (i - len(COMPARED) // 2)  # so that no bar hides another
         means = [statistics.mean(values) for values in curves.values()]
         below, above = (
@@ -44,7 +44,8 @@ def plot_learning(rows: Rows, task: str) -> Figure:
             capsize=2,
             label=f"{block} ({count_seeds(runs)})" if len(runs) != TASKS[task].seeds else block,
         )
-    ax.set(xlabel="training steps", ylabel="mIoU on val [%], mean and range of the seeds")
+    ax.set(xlabel="training steps", ylabel=f"{MEASURES[task]} on val [%],\nmean and range of the seeds")
+    ax.set_title("The points of one step stand side by side.", fontsize="medium")
     ax.set(xticks=range(0, recipe.steps + 1, recipe.evaluate_every))
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
@@ -74,12 +75,12 @@ def plot_starts(rows: Rows, task: str) -> Figure:
     if nothing := scores_of(runs_of(rows, task, "no block")):
         mean, around = statistics.mean(nothing), deviation(nothing)
         ax.axhline(mean, color="#000000", linestyle=":", label="no block")
-        ax.axhspan(mean - around, mean + around, color="#000000", alpha=0.1, linewidth=0)
-    score = "IoU of the wanted digits" if task == "digits" else "mIoU"
-    ax.set(xticks=GAMMAS, xticklabels=GAMMAS, xlabel="γ at the start (layer_scale)", ylabel=f"{score} on test [%]")
-    ax.set_title("mean and standard deviation over the seeds", fontsize="medium")
+        ax.axhspan(mean - around, mean + around, color="#000000", alpha=0.1, linewidth=0, label="its deviation")
+    ax.set(xticks=GAMMAS, xticklabels=GAMMAS, xlabel="γ at the start (layer_scale)")
+    ax.set_ylabel(f"{MEASURES[task]} on test [%]")
+    ax.set_title(f"{DATA[task]}: mean and standard deviation over the seeds", fontsize="medium")
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -88,16 +89,17 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     scores = {k: scores_of(runs[block]) for k, block in RUN_OF_BASES.items() if block in runs}
-    for k, values in scores.items():
-        ax.plot([k] * len(values), values, "o", color=UNIT_COLOUR, alpha=0.5)
+    seeds = [(k, value) for k, values in scores.items() for value in values]
+    ax.plot(*zip(*seeds, strict=True), "o", color=UNIT_COLOUR, alpha=0.5, label="a seed")
     means = [statistics.mean(values) for values in scores.values()]
-    ax.plot(list(scores), means, color=UNIT_COLOUR, label="moving average")
+    ax.plot(list(scores), means, color=UNIT_COLOUR, label="mean of the seeds")
     if fixed := runs.get(FIXED_BASES):
-        ax.plot(
-            [NUM_BASES] * len(fixed), scores_of(fixed), "X", color=COLOURS[1], label=f"fixed bases, K = {NUM_BASES}"
-        )
+        beside = [NUM_BASES * 1.03 ** (i + 1) for i in range(len(fixed))]  # so that no cross hides another
+        ax.plot(beside, scores_of(fixed), "x", color=COLOURS[1], label=f"fixed bases, K = {NUM_BASES}: a seed")
     if nothing := runs.get("no block"):
-        ax.axhline(statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block")
+        ax.axhline(
+            statistics.mean(scores_of(nothing)), color="#000000", linestyle="--", linewidth=1, label="no block, mean"
+        )
     ax.set(
         xscale="log",
         xticks=list(RUN_OF_BASES),
@@ -107,7 +109,7 @@ def plot_bases(runs: dict[str, Rows]) -> Figure:
     )
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

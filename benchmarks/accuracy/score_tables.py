@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.gradients import early
-from benchmarks.accuracy.scores import count_seeds, percent, runs_of, scores_of, spread
+from benchmarks.accuracy.scores import DATA, MEASURES, count_seeds, percent, runs_of, scores_of, spread
 from benchmarks.accuracy.sweep_runs import Rows, run_of
 from benchmarks.accuracy.tasks import COMPARED, FULL_SIZE_RATES, LEADING, RECOMMENDED, TASKS, TWO_RATES
 from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, NUM_STAGES, unit_name
@@ -21,9 +21,8 @@ TITLES = {
     "mobilenet": "CamVid, MobileNetV2 with ImageNet's weights",
     "camvid-full": "CamVid at 480×360, the whole MobileNetV2",
 }
-DATA = {"digits": "digit scenes", "mobilenet": "CamVid, 240×180", "camvid-full": "CamVid, 480×360"}
-SCORES = {task: f"{data}, {'IoU of the wanted digits' if task == 'digits' else 'mIoU'}" for task, data in DATA.items()}
-"""What a block is judged by in each task."""
+SCORES = {task: f"{data}, {MEASURES[task]}" for task, data in DATA.items()}
+"""What the columns of scores are called."""
 
 NAMES = (
     "The word behind EMAUnit is its `gradient`, and γ is its `layer_scale`: the weight that its last norm starts with. "
@@ -147,8 +146,11 @@ def class_table(rows: Rows, task: str) -> list[str]:
 def readme_table(rows: Rows) -> str:
     """The score of the blocks that are compared and have runs, and the commands that make it."""
     caption = (
-        "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; percent on the test "
-        f"set, mean ± standard deviation over seeds; – is not trained. {NAMES}"
+        "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; IoU, the overlap with "
+        "the labels, in percent on the test set: mean ± standard deviation over seeds; – is not trained. γ, in code "
+        "`layer_scale`, is how much a block counts beside its input when the training starts: at 1 fully, at 0 not at "
+        'all. *all* is `gradient="all"`, which passes the gradient through EM. *As published* has the defaults, '
+        '`gradient="none"` and γ = 1. Non-local and DANet start at 0, as in their papers, and *gain from 1* at 1.'
     )
     trained = [block for block in COMPARED if any(runs_of(rows, task, block) for task in TASKS)]
     return "\n".join([caption, "", *score_table(rows, trained), ""])

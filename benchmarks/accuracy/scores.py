@@ -11,6 +11,10 @@ from benchmarks.accuracy.tasks import TASKS
 from examples._common.evaluation import mean_iou
 from examples.digit_scenes import DigitScenes
 
+DATA = {"digits": "digit scenes", "mobilenet": "CamVid, 240×180", "camvid-full": "CamVid, 480×360"}
+MEASURES = {task: "IoU of the wanted digits" if task == "digits" else "mIoU" for task in TASKS}
+"""What a block is judged by in each task."""
+
 
 def runs_of(rows: Rows, task: str, block: str, share: float = 1) -> Rows:
     """The rows of a block on a task, one for each seed, at a share of the task's learning rate."""
@@ -27,12 +31,14 @@ def percent(iou: Sequence[float]) -> float:
     return 100 * mean_iou(iou)
 
 
-def scores_of(runs: Rows, test: str = "test") -> list[float]:
-    """What a block is judged by, in percent: the IoU of the wanted digits, in the streets the mean.
+def score(task: str, iou: Sequence[float]) -> float:
+    """The task's measure in percent, from the IoU of each class."""
+    return 100 * iou[DigitScenes.wanted] if task == "digits" else percent(iou)
 
-    ``test`` is the set that was scored; the digits have ``"test_unmarked"`` too.
-    """
-    return [100 * run[test][DigitScenes.wanted] if run["task"] == "digits" else percent(run[test]) for run in runs]
+
+def scores_of(runs: Rows, test: str = "test") -> list[float]:
+    """The scores of runs on a set that was tested: ``"test"``; the digits have ``"test_unmarked"`` too."""
+    return [score(run["task"], run[test]) for run in runs]
 
 
 def origin(rows: Rows) -> str:

@@ -25,6 +25,8 @@ METHODS = {
     AFRESH: "{lone_stages} stages on each frame alone; each basis has the class of the most similar joint basis",
 }
 FITTED = (JOINT, SOFT, KMEANS)
+PICTURED = 16
+"""The number of bases in the picture of frames, which is of the first seed."""
 
 
 def rows_of(results: dict[str, Any], method: str, bases: int) -> list[dict[str, Any]]:
@@ -69,9 +71,9 @@ def report(results: dict[str, Any]) -> str:
         f"best mIoU in training at K = {settings['scale_bases']} ({scales}).",
         f"Mean ± standard deviation over {len(seeds)} seeds.",
         "",
-        "`OMP_NUM_THREADS=1 python -m benchmarks.accuracy.segments --root CAMVID`",
+        f"`OMP_NUM_THREADS={env['threads']} python -m benchmarks.accuracy.segments --root CAMVID`",
         f"([segments.json](segments.json)), {env['machine']}, threads {env['threads']}, PyTorch {env['torch']},",
-        f"scikit-learn {env['scikit-learn']}.",
+        f"scikit-learn {env['scikit-learn']}, commit {env['commit']}.",
         "",
         "## mIoU in percent",
         "",
@@ -124,8 +126,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         "## One colour, one thing",
         "",
-        "Frames of validation. A colour is a class, and its shades are the bases that have this class, the same in",
-        "all frames. A basis that was found afresh has the shade of the most similar joint basis.",
+        f"Frames of validation, K = {PICTURED}, seed {seeds[0]}. A colour is a class, and its shades are the bases of",
+        "this class, the same in all frames. A basis that was found afresh has the shade of the most similar joint",
+        "basis.",
         "",
         "![Six frames, their labels, and the bases of each method](segments.png)",
         "",

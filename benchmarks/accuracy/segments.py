@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.accuracy.segment_pictures import plot_frames, plot_scores
-from benchmarks.accuracy.segment_tables import ADAPTED, AFRESH, JOINT, KMEANS, SOFT, report
+from benchmarks.accuracy.segment_tables import ADAPTED, AFRESH, JOINT, KMEANS, PICTURED, SOFT, report
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.environment import environment
 from benchmarks.measure import summary
@@ -47,7 +47,6 @@ SCALE_BASES = 64  # with which the scale is chosen
 BATCH = 16_384  # of k-means: faster than its default, and no worse
 ALIKE = 0.98  # the cosine above which two bases are as good as one
 TOGETHER, STAGES = 12, 3  # the explorer's: on all frames, then on each; in a frame alone it is their sum, the demo's
-PICTURED = 16  # bases
 DRAWN = (JOINT, ADAPTED, KMEANS, AFRESH)
 SHOWN = 6  # frames
 

@@ -186,7 +186,13 @@ def made_up() -> dict[str, Any]:
         "batch": 1024,
     }
     return {
-        "environment": {"machine": "a machine", "threads": 1, "torch": "2.14", "scikit-learn": "1.9"},
+        "environment": {
+            "machine": "a machine",
+            "threads": 1,
+            "torch": "2.14",
+            "scikit-learn": "1.9",
+            "commit": "0123456789",
+        },
         "settings": settings,
         "features": {"median": 0.25},
         "bounds": {"floor": [0.03] * 11, "ceiling": [0.9] * 11},

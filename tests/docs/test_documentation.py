@@ -92,6 +92,14 @@ def test_addresses_have_the_form_of_one(page: Path) -> None:
         assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./-]*)?", address), address
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_in_place_of_a_table_leads_to_its_heading(page: Path) -> None:
+    for heading, path, anchor in re.findall(r"^\[Table: (.+)\]\(([^#)]+)(\S*)\)$", page.read_text(), re.MULTILINE):
+        text = (page.parent / path).read_text(encoding="utf-8")
+        whole = re.search(rf"^#+ ({re.escape(heading)}.*)", text, re.MULTILINE)[1]
+        assert anchor == "#" + re.sub(r"[^\w -]", "", whole.lower()).replace(" ", "-")  # as GitHub names it
+
+
 def test_docstrings_become_markdown() -> None:
     docstring = [
         "See :func:`f`, :meth:`g`::",
