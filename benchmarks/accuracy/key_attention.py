@@ -97,7 +97,7 @@ def maps_of(net: ShortSightedNet, images: Tensor) -> Tensor:
 def plot(images: Tensor, attention: dict[str, dict[int, Tensor]]) -> Figure:
     """Scenes, and beside each what its key attends to: for each unit and step but the first, where it is the mean."""
     steps = [(unit, step) for unit, of_unit in attention.items() for step in of_unit if step]
-    figure = Figure((1.15 * (len(steps) + 1) + 0.6, 1.15 * SHOWN + 1.1), layout="constrained")
+    figure = Figure((1.3 * (len(steps) + 1) + 0.6, 1.3 * SHOWN + 0.6), layout="constrained")
     axes = figure.subplots(SHOWN, len(steps) + 1)
     for row, image in enumerate(images[:SHOWN]):
         axes[row, 0].imshow(image.movedim(0, -1).numpy())
