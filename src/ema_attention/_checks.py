@@ -50,9 +50,10 @@ def check_arguments(
         or mu.shape[-1] < 1
         or mu.shape[:-2] not in ((), (1,), (batch,))
     ):
+        are_tokens = weight is None and x.dim() == 3 and mu.dim() > 1 and mu.shape[-2] == x.shape[2]
         raise ValueError(
             f"mu must be (C', K), (1, C', K) or (B, C', K) with C' = {channels}, B = {batch} and K at least 1; "
-            f"got {tuple(mu.shape)}"
+            f"got {tuple(mu.shape)}" + (" (tokens (B, N, C) are x.mT here)" if are_tokens else "")
         )
     for name, tensor in (("x", x), ("mu", mu), ("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -151,6 +152,15 @@ def check_group(name: str, group: object) -> None:
         raise ValueError(f"{name} must be a process group with this rank in it, or None; got {group!r}")
 
 
+def _hint(x: Tensor, channels: int) -> str:
+    """What a user may have meant by an x that has its channels elsewhere."""
+    if x.dim() > 2 and x.shape[-1] == channels:
+        return " (tokens and other inputs whose channels come last need channel_dim=-1)"
+    if x.dim() > 2 and x.shape[1] == channels:
+        return " (images need channel_dim=1)"
+    return " (a single sample needs a batch dimension: x[None])" if x.dim() > 1 and len(x) == channels else ""
+
+
 def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim: int, dtype: torch.dtype) -> None:
     """Raises for an input that a unit for ``channels`` in ``channel_dim``, with parameters of ``dtype``, refuses."""
     check_tensor("x", x)
@@ -159,7 +169,7 @@ def check_unit_input(x: Tensor, mask: Tensor | None, channels: int, channel_dim:
     if dims < 3 or not -dims <= channel_dim < dims or channel_dim % dims == 0 or x.shape[channel_dim] != channels:
         raise ValueError(
             f"x must have 3 dimensions or more and {channels} channels in dimension {channel_dim}; got {tuple(x.shape)}"
-            + (" (tokens need channel_dim=-1)" if dims == 3 and x.shape[-1] == channels else "")
+            + _hint(x, channels)
         )
     if x.dtype != dtype and not (x.dtype in DTYPES and x.dtype != torch.float64 and autocasts(x.device)):
         raise TypeError(f"x must have the dtype of the unit, {dtype}; got {x.dtype}")

@@ -253,10 +253,12 @@ def test_maps_of_any_floating_point_dtype(dtype):
         (IMAGE.numpy(), maps(2), ValueError, r"image must be .*; got ndarray \(3, 20, 30\)"),
         (np.zeros((20, 30, 4)), maps(2), ValueError, r"image must be .*; got ndarray \(20, 30, 4\)"),
         (np.zeros((0, 30)), maps(2), ValueError, r"image must be .*; got ndarray \(0, 30\)"),
-        (IMAGE * 255, maps(2), ValueError, r"image must have values from 0 to 1; got .* to 25\d"),
+        (IMAGE * 255, maps(2), ValueError, r"image must have values from 0 to 1; got .* to 25[.\d]+$"),
+        (IMAGE - 1, maps(2), ValueError, r"got -.* \(a model's input is normalised: give the image before that\)$"),
         (IMAGE.long(), maps(2), TypeError, "image must be uint8 or floating point; got torch.int64"),
         (Image.new("I", (30, 20)), maps(2), TypeError, "image must be uint8 or floating point; got int32"),
-        ("cat.png", maps(2), TypeError, "image must be uint8 or floating point; got <U7"),
+        ("cat.png", maps(2), TypeError, "image must be uint8 or floating point; got str"),
+        (None, maps(2), TypeError, "image must be uint8 or floating point; got NoneType"),
     ],
 )
 def test_mistakes_are_one_sentence(image, z, error, message):

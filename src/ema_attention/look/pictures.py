@@ -233,7 +233,8 @@ def as_photo(image: Any) -> Tensor:
     else:
         array = np.array(image)
         if array.dtype != np.uint8 and array.dtype.kind != "f":
-            raise TypeError(f"image must be uint8 or floating point; got {array.dtype}")
+            got = array.dtype if array.dtype.kind in "biuc" else type(image).__name__
+            raise TypeError(f"image must be uint8 or floating point; got {got}")
         photo = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
         photo = photo[..., None] if photo.dim() == 2 else photo
         fits = photo.dim() == 3 and photo.shape[2] in (1, 3)
@@ -247,7 +248,8 @@ def as_photo(image: Any) -> Tensor:
     elif not photo.is_floating_point():
         raise TypeError(f"image must be uint8 or floating point; got {photo.dtype}")
     photo = photo.float()
-    check_from_0_to_1("image", photo)
+    hint = " (a model's input is normalised: give the image before that)" if photo.min() < 0 else ""
+    check_from_0_to_1("image", photo, hint)
     shrink = _LONGEST_SIDE / max(photo.shape[:2])
     if shrink < 1:
         size = [max(1, round(shrink * side)) for side in photo.shape[:2]]
@@ -272,10 +274,10 @@ def _check_maps(z: Tensor, dimensions: str) -> None:
         )
 
 
-def check_from_0_to_1(name: str, values: Tensor) -> None:
+def check_from_0_to_1(name: str, values: Tensor, hint: str = "") -> None:
     low, high = (value.item() for value in values.aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN does not pass
-        raise ValueError(f"{name} must have values from 0 to 1; got {low:.4g} to {high:.4g}")
+        raise ValueError(f"{name} must have values from 0 to 1; got {low:.4g} to {high:.4g}{hint}")
 
 
 def colour_of_basis(k: int) -> tuple[float, float, float]:
