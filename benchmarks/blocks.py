@@ -289,12 +289,12 @@ BLOCKS: dict[str, Block] = {
     "Criss-cross": Block(CrissCross, slow.criss_cross, _position, _criss_cross_macs),
 }
 
-PUBLISHED = "EMAUnit as published"
+DEFAULTS = "EMAUnit, defaults"
 
 
 def unit_name(gradient: str, gamma: float) -> str:
     """What a trained EMAUnit is called: by its ``gradient``, and by γ, its ``layer_scale``."""
-    return PUBLISHED if (gradient, gamma) == ("none", 1) else f"EMAUnit, {gradient}, γ {gamma:g}"
+    return DEFAULTS if (gradient, gamma) == ("none", 1) else f"EMAUnit, {gradient}, γ {gamma:g}"
 
 
 GRADIENTS: tuple[GradientMode, ...] = ("none", "last", "all")

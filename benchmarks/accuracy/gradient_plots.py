@@ -15,14 +15,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from benchmarks.accuracy.gradients import EARLY, early
 from benchmarks.accuracy.scores import like_for_like
 from benchmarks.accuracy.sweep_runs import Rows
-from benchmarks.blocks import GAMMAS, PUBLISHED, unit_name
+from benchmarks.blocks import DEFAULTS, GAMMAS, unit_name
 from examples.emanet.data import CAMVID_NAMES
 
 SMALL = ("sign", "pedestrian", "cyclist")
 """Classes of few pixels a frame."""
 STYLES: dict[str, dict[str, Any]] = {
     "no block": {"color": "#8C8C8C", "linestyle": ":", "marker": "s"},
-    PUBLISHED: {"color": "#000000", "linestyle": "--", "marker": "D"},
+    DEFAULTS: {"color": "#000000", "linestyle": "--", "marker": "D"},
     **{
         unit_name("all", gamma): {"color": matplotlib.colormaps["viridis"](i / len(GAMMAS)), "marker": "o^vP>"[i]}
         for i, gamma in enumerate(GAMMAS)

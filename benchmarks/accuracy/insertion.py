@@ -28,7 +28,7 @@ from benchmarks.accuracy.gradient_plots import STYLES
 from benchmarks.accuracy.scores import spread
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import RECOMMENDED, TASKS
-from benchmarks.blocks import PUBLISHED, TRAINED, unit_name
+from benchmarks.blocks import DEFAULTS, TRAINED, unit_name
 from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
 from benchmarks.reporting import markdown_table, write_files
@@ -40,7 +40,7 @@ from examples.digit_scenes import DigitScenes, ShortSightedNet
 
 TASK = TASKS["digits"]
 BEFORE = "before"
-INSERTED = ("no block", PUBLISHED, unit_name("all", 0), RECOMMENDED, unit_name("all", 1))
+INSERTED = ("no block", DEFAULTS, unit_name("all", 0), RECOMMENDED, unit_name("all", 1))
 SHARES = {share: f"lr {share * TASK.recipe.lr:g}" for share in (1.0, 0.1)}
 """What shares of the first training's learning rate are called."""
 SEEDS = 3

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import RECOMMENDED, TASKS
-from benchmarks.blocks import PUBLISHED, TRAINED, MakeBlock, unit_name
+from benchmarks.blocks import DEFAULTS, TRAINED, MakeBlock, unit_name
 from benchmarks.environment import commit, machine
 from benchmarks.plot_style import png
 from benchmarks.reporting import markdown_table, write_files
@@ -35,7 +35,7 @@ from examples._common.samples import Batches, Drawn, normalisation, seed_everyth
 from examples._common.training import training_step
 from examples.digit_scenes import GRID, KEY_CELL, THRESHOLD, DigitScenes, ShortSightedNet
 
-UNITS = (PUBLISHED, unit_name("all", 1), RECOMMENDED)
+UNITS = (DEFAULTS, unit_name("all", 1), RECOMMENDED)
 STEPS = (0, 200, 2_000)
 SCENES, SHOWN = 200, 3
 PLACES = ("the key's cell", "digits that equal it", "other digits", "background")

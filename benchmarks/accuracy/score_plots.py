@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy.scores import DATA, MEASURES, count_seeds, deviation, percent, runs_of, score, scores_of
 from benchmarks.accuracy.sweep_runs import Rows
 from benchmarks.accuracy.tasks import COMPARED, EVALUATED_STAGES, FIXED_BASES, RUN_OF_BASES, RUN_OF_STAGES, TASKS
-from benchmarks.blocks import GAMMAS, GRADIENTS, NUM_BASES, PUBLISHED, unit_name
+from benchmarks.blocks import DEFAULTS, GAMMAS, GRADIENTS, NUM_BASES, unit_name
 from benchmarks.plot_style import COLOURS, MARKERS, UNIT_COLOUR
 
 
@@ -36,7 +36,7 @@ def plot_learning(rows: Rows, task: str) -> Figure:
             means,
             [below, above],
             color=UNIT_COLOUR if is_unit else COLOURS[i],
-            linestyle="--" if block == PUBLISHED else "-",
+            linestyle="--" if block == DEFAULTS else "-",
             linewidth=2.4 if is_unit else 1.4,
             marker=MARKERS[i],
             markersize=5,

@@ -26,8 +26,8 @@ SCORES = {task: f"{data}, {MEASURES[task]}" for task, data in DATA.items()}
 
 NAMES = (
     "The word behind EMAUnit is its `gradient`, and γ is its `layer_scale`: the weight that its last norm starts with. "
-    "*EMAUnit as published* has the defaults, `none` and 1. Non-local's last norm and DANet's gains start at 0, as in "
-    "their papers. *Gain from 1* is DANet with gains that start at 1."
+    "*Defaults* are the published `none` and 1. Non-local's last norm and DANet's gains start at 0, as in their "
+    "papers. *Gain from 1* is DANet with gains that start at 1."
 )
 """What the names of the blocks mean."""
 
@@ -149,7 +149,7 @@ def readme_table(rows: Rows) -> str:
         "`python -m benchmarks.accuracy.sweep --root CAMVID`, `python -m benchmarks.accuracy`; IoU, the overlap with "
         "the labels, in percent on the test set: mean ± standard deviation over seeds; – is not trained. γ, in code "
         "`layer_scale`, is how much a block counts beside its input when the training starts: at 1 fully, at 0 not at "
-        'all. *all* is `gradient="all"`, which passes the gradient through EM. *As published* has the defaults, '
+        'all. *all* is `gradient="all"`, which passes the gradient through EM. *Defaults* are the published '
         '`gradient="none"` and γ = 1. Non-local and DANet start at 0, as in their papers, and *gain from 1* at 1.'
     )
     trained = [block for block in COMPARED if any(runs_of(rows, task, block) for task in TASKS)]

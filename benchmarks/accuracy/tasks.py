@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.models import mobilenet_v2
 from torchvision.transforms import v2
 
-from benchmarks.blocks import PUBLISHED, TRAINED, MakeBlock, unit_name
+from benchmarks.blocks import DEFAULTS, TRAINED, MakeBlock, unit_name
 from examples._common.recipe import Recipe
 from examples._common.samples import normalisation
 from examples._common.weights import load_in_order, read_weights
@@ -24,13 +24,13 @@ from examples.emanet.model import EMANet, dilate
 
 RECOMMENDED = unit_name("all", 0.25)
 """The unit with the settings that README recommends to train with. The ablations vary it."""
-LEADING = (RECOMMENDED, PUBLISHED, "no block", "Non-local", unit_name("all", 1))
+LEADING = (RECOMMENDED, DEFAULTS, "no block", "Non-local", unit_name("all", 1))
 """What is trained first, and in the tasks ``TWO_RATES`` also at half the learning rate.
 
 The last one says what at half the rate is due to the gentle start.
 """
 TWO_RATES = ("digits", "mobilenet")
-COMPARED = ("no block", "Non-local", "DANet (PAM + CAM)", "DANet, gain from 1", "Hamburger", PUBLISHED, RECOMMENDED)
+COMPARED = ("no block", "Non-local", "DANet (PAM + CAM)", "DANet, gain from 1", "Hamburger", DEFAULTS, RECOMMENDED)
 """What the README's table, the costs and the learning curves show."""
 RUN_OF_BASES = {16: "K = 16", 32: "K = 32", 64: RECOMMENDED, 128: "K = 128"}
 """The run of each number of bases K."""
@@ -117,7 +117,7 @@ def load_imagenet(features: nn.Module) -> None:
     load_in_order(features, read_weights(path), path, "torchvision's MobileNetV2")  # which had older names
 
 
-FULL_SIZE_BLOCKS = ("no block", "Non-local", "Hamburger", PUBLISHED, RECOMMENDED)
+FULL_SIZE_BLOCKS = ("no block", "Non-local", "Hamburger", DEFAULTS, RECOMMENDED)
 FULL_SIZE_RATES = (0.02, 0.04, 0.08)
 """The learning rates that ``camvid-full`` is tried with, without a block and with seed 0."""
 TASKS: dict[str, Task] = {

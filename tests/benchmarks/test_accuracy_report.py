@@ -72,7 +72,7 @@ def test_start_and_gradient_are_a_table_and_a_line_for_each_gradient() -> None:
         "| `last` | 26.0 ± 0.8 | 26.5 ± 0.8 | 27.3 ± 0.8 | 28.5 ± 0.8 | 31.0 ± 0.8 |"
         in text.partition("unmarked, where")[2]
     )
-    assert "| EMAUnit as published | 42.0 ± 1.6 |" in text
+    assert "| EMAUnit, defaults | 42.0 ± 1.6 |" in text
     ax = pictures["digits-starts.png"].axes[0]
     none, last, every = (container.lines for container in ax.containers)
     assert list(none[0].get_ydata()) == pytest.approx([32, 33, 34.5, 37, 42])

@@ -14,7 +14,7 @@ from benchmarks.accuracy import insertion
 from benchmarks.accuracy.insertion import BEFORE, INSERTED, SHARES, TASK, Result, report, results
 from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.accuracy.tasks import RECOMMENDED
-from benchmarks.blocks import PUBLISHED, unit_name
+from benchmarks.blocks import DEFAULTS, unit_name
 from examples._common import runs
 from examples.digit_scenes import DigitScenes
 
@@ -37,13 +37,13 @@ def test_the_block_is_put_into_the_trained_network(tmp_path: Path, monkeypatch: 
     scores = {result.block: result.test for result in inserted if result.share == 0}
     assert list(scores) == list(INSERTED)
     assert scores["no block"] == scores[unit_name("all", 0)] == before.test
-    loud = {scores[PUBLISHED], scores[unit_name("all", 1)], scores[RECOMMENDED]}
+    loud = {scores[DEFAULTS], scores[unit_name("all", 1)], scores[RECOMMENDED]}
     assert before.test not in loud
     assert len(loud) == 2  # γ 1 is the same forward with either gradient
     gammas = {result.block: result.gamma for result in inserted if result.share == 0}
     assert gammas == {
         "no block": None,
-        PUBLISHED: 1,
+        DEFAULTS: 1,
         unit_name("all", 0): 0,
         RECOMMENDED: 0.25,
         unit_name("all", 1): 1,

@@ -21,7 +21,7 @@ from torchvision.models import mobilenet_v2
 from benchmarks.accuracy import sweep, tasks
 from benchmarks.accuracy.sweep_runs import Run, add_row, missing_runs, planned_runs, read_rows, run_of
 from benchmarks.accuracy.tasks import ABLATIONS, FULL_SIZE_RATES, LEADING, RECOMMENDED, TASKS, TWO_RATES, Task
-from benchmarks.blocks import GAMMAS, GRADIENTS, PUBLISHED, TRAINED
+from benchmarks.blocks import DEFAULTS, GAMMAS, GRADIENTS, TRAINED
 from examples._common import runs
 from examples._common.evaluation import evaluate, mean_iou
 from examples._common.files import load_checkpoint
@@ -72,7 +72,7 @@ def test_each_unit_starts_with_its_gradient_and_weight() -> None:
             weights = unit.conv2[1].weight.unique().tolist()
             assert len(weights) == 1
             starts[name] = (unit.gradient, round(weights[0], 6))
-    assert starts[PUBLISHED] == ("none", 1)
+    assert starts[DEFAULTS] == ("none", 1)
     assert starts[RECOMMENDED] == ("all", 0.25)
     assert sorted(starts.values()) == sorted((gradient, gamma) for gradient in GRADIENTS for gamma in GAMMAS)
     for name, make in ABLATIONS.items():
@@ -116,7 +116,7 @@ def edited(change: Callable[[dict[str, Any]], object], *made: Any) -> str:
         ),
         (edited(lambda row: row.pop("test_by_stages"), "mobilenet", "T = 1", 0, 0.5), "must have a row of a run in"),
         (
-            edited(lambda row: row["gradients"]["4"].pop("branch"), "digits", PUBLISHED, 0, 0.5),
+            edited(lambda row: row["gradients"]["4"].pop("branch"), "digits", DEFAULTS, 0, 0.5),
             "must have a row of a run",
         ),
         *(
