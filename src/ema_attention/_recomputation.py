@@ -7,7 +7,6 @@ import inspect
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +26,20 @@ _NOISE = 0.05
 """The largest relative difference of an input that is computed again, which a GPU need not do to the last bit."""
 
 
+_NO_BACKWARD = -1
+"""What PyTorch's number of a backward is where there is none."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Start:
     sample: Tensor
     """Of the forward's input."""
     mu: Tensor
-    checkpoint: Callable[[], object] = lambda: None
-    """The checkpoint that the forward ran in, while its graph lives; there is none to be had of a reentrant one."""
+    checkpoints: weakref.WeakKeyDictionary[object, int]
+    """The checkpoints that the forward ran in, while they live, each with the backward in which it ran again last.
+
+    There are none to be had of reentrant ones.
+    """
 
 
 class Starts:
@@ -51,15 +57,16 @@ class Starts:
         """
         if not has_values(x):
             return
-        checkpoint = _checkpoint()
-        if checkpoint is None and torch.is_grad_enabled() and HAS_TOP_HOOKS:
+        checkpoints = _checkpoints()
+        if not checkpoints and torch.is_grad_enabled() and HAS_TOP_HOOKS:
             return
-        if checkpoint is not None:
+        start = _Start(_sample(x), mu, weakref.WeakKeyDictionary(dict.fromkeys(checkpoints, _NO_BACKWARD)))
+        if checkpoints:
             self._drop_dead()
-            self._of_checkpoints.append(_Start(_sample(x), mu, weakref.ref(checkpoint)))
+            self._of_checkpoints.append(start)
         else:
             self._has_forgotten |= len(self._without_graph) == _LIMIT
-            self._without_graph.append(_Start(_sample(x), mu))
+            self._without_graph.append(start)
 
     def find(self, x: Tensor) -> Tensor | None:
         """The bases that the forward of x (B, C, N) started from; None if that is not one that is run again.
@@ -67,8 +74,8 @@ class Starts:
         Raises:
             RuntimeError: if nothing tells which forward is run again.
         """
-        checkpoint = _checkpoint()
-        runs_again = checkpoint is not None or _is_in_reentrant_checkpoint() or not HAS_TOP_HOOKS
+        checkpoints = _checkpoints()
+        runs_again = bool(checkpoints) or _is_in_reentrant_checkpoint() or not HAS_TOP_HOOKS
         if not (runs_again and has_values(x)):
             return None
         self._drop_dead()
@@ -79,16 +86,18 @@ class Starts:
             )
         if not starts:
             return None
-        of_this = [start for start in starts if checkpoint is not None and start.checkpoint() is checkpoint]
-        if of_this:  # they run again in the order in which they ran
-            found = of_this[0]
-            self._of_checkpoints.remove(found)
-            self._of_checkpoints.append(found)
-        elif checkpoint is not None:  # in a new one, inside of one that is run again
+        known = next((one for one in checkpoints if any(one in start.checkpoints for start in starts)), None)
+        if known is not None:  # it runs again once in a backward, its forwards in the order in which they ran
+            backward = torch._C._current_graph_task_id()
+            of_this = [start for start in starts if known in start.checkpoints]
+            found = next((start for start in of_this if start.checkpoints[known] != backward), of_this[0])
+            found.checkpoints[known] = backward
+        elif checkpoints:  # in a new one, inside of a reentrant one that is run again
             found = starts[0]
             if not all(torch.equal(start.mu, found.mu) for start in starts):
                 raise RuntimeError(
-                    "a nested checkpoint of an EMAUnit needs another input in each forward; got the same one twice"
+                    "a checkpoint of an EMAUnit inside of a reentrant one needs another input in each forward; "
+                    "got the same one twice"
                 )
         else:
             found = starts[-1]  # the newest, as backward runs them
@@ -111,7 +120,7 @@ class Starts:
         return [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
 
     def _drop_dead(self) -> None:
-        self._of_checkpoints = [start for start in self._of_checkpoints if start.checkpoint() is not None]
+        self._of_checkpoints = [start for start in self._of_checkpoints if start.checkpoints]
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -125,12 +134,14 @@ def _sample(x: Tensor) -> Tensor:
         return left.mT @ (x @ right)
 
 
-def _checkpoint() -> object | None:
-    """The call of torch.utils.checkpoint in which the code runs, or runs again; None of a reentrant one.
+def _checkpoints() -> list[object]:
+    """The calls of torch.utils.checkpoint in which the code runs, or runs again, the innermost first.
 
-    PyTorch has no name for it. Its hooks on saved tensors hold the call's frame in their closures. Inside of them there
-    may be others, such as those of torch.autograd.graph.save_on_cpu.
+    All of them may run a forward again, and one that has nothing to save dies before the others. Reentrant ones are not
+    among them. PyTorch has no name for a call. Its hooks on saved tensors hold the call's frame in their closures.
+    Between them there may be others, such as those of torch.autograd.graph.save_on_cpu.
     """
+    frames: list[object] = []
     for hook in itertools.chain.from_iterable(saved_tensors_hooks()):
         hook = inspect.unwrap(hook)
         cells = (
@@ -139,11 +150,10 @@ def _checkpoint() -> object | None:
             else {}
         )
         if "target_frame_ref" in cells:
-            frame: object = cells["target_frame_ref"].cell_contents()
-            return frame
-        if "frame" in cells and isinstance(cells["frame"].cell_contents, torch_checkpoint._CheckpointFrame):
-            return cells["frame"].cell_contents
-    return None
+            frames.append(cells["target_frame_ref"].cell_contents())
+        elif "frame" in cells and isinstance(cells["frame"].cell_contents, torch_checkpoint._CheckpointFrame):
+            frames.append(cells["frame"].cell_contents)
+    return [frame for frame in dict.fromkeys(frames) if frame is not None]
 
 
 def _is_in_reentrant_checkpoint() -> bool:

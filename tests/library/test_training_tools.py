@@ -90,10 +90,79 @@ def test_reentrant_calls_on_the_same_input_run_again_from_the_last(order: str) -
 
 
 @needs_hooks_to_tell
-def test_nested_calls_on_the_same_input_are_refused() -> None:
-    expected = "^a nested checkpoint of an EMAUnit needs another input in each forward; got the same one twice$"
+@pytest.mark.parametrize("order", ["together", "first first", "last first"])
+def test_nested_calls_on_the_same_input_start_from_their_own_bases(order: str) -> None:
+    results = [gradients_of_two_calls(run, order, same=True) for run in (nested, lambda unit, x: unit(x.sin()).cos())]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_hooks_to_tell
+def test_calls_on_the_same_input_inside_of_reentrant_ones_are_refused() -> None:
+    def mixed(unit: EMAUnit, x: Tensor) -> Tensor:
+        return checkpoint(partial(checkpoint, unit, use_reentrant=False), x, use_reentrant=True)
+
+    expected = "^a checkpoint of an EMAUnit inside of a reentrant one needs another input in each forward; got the same"
     with pytest.raises(RuntimeError, match=expected):
-        gradients_of_two_calls(nested, "together", same=True)
+        gradients_of_two_calls(mixed, "together", same=True)
+
+
+Checkpoint = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def frozen(unit: EMAUnit, x: Tensor, checkpointed: Checkpoint) -> Tensor:
+    return checkpointed(unit, x.detach())
+
+
+def offloaded(unit: EMAUnit, x: Tensor, checkpointed: Checkpoint) -> Tensor:
+    def run(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return unit(x)
+
+    return checkpointed(run, x)
+
+
+def without_gradient(unit: EMAUnit, x: Tensor, checkpointed: Checkpoint) -> Tensor:
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return unit(x)
+
+    return checkpointed(run, x) + unit(x)
+
+
+@needs_hooks_to_tell
+@pytest.mark.parametrize("inner", [frozen, offloaded, without_gradient])
+def test_an_inner_checkpoint_that_saves_nothing(inner: Callable[[EMAUnit, Tensor, Checkpoint], Tensor]) -> None:
+    x, results = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    for run in (partial(checkpoint, use_reentrant=False), lambda function, x: function(x)):
+        unit, source = small_unit(gradient="none" if inner is frozen else "all", scale=5), x.clone().requires_grad_()
+        unit.requires_grad_(inner is not frozen)
+        conv = nn.Conv2d(6, 3, 1).double()
+        for _ in range(2):
+            run(lambda x, run=run, unit=unit, conv=conv: conv(inner(unit, x, run)).square(), source).sum().backward()
+        results.append([unit.mu, conv.weight.grad] + ([] if inner is frozen else [source.grad]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_hooks_to_tell
+def test_two_backwards_through_a_checkpoint_that_need_not_run_all_of_it_again() -> None:
+    x, results = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
+    for checkpointed in (True, False):
+        unit, source = small_unit(gradient="all", scale=5), x.clone().requires_grad_()
+
+        def student(x: Tensor, unit: EMAUnit = unit) -> Tensor:
+            y = unit(x)
+            with torch.no_grad():
+                unit(x)  # the teacher's, with which nothing is saved
+            return y
+
+        y = checkpoint(student, source, use_reentrant=False) if checkpointed else student(source)
+        y.square().sum().backward(retain_graph=True)
+        y.sin().sum().backward()
+        results.append([unit.mu, source.grad])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @needs_hooks_to_tell
