@@ -58,13 +58,14 @@ class Starts:
         if not has_values(x):
             return
         checkpoints = _checkpoints()
-        if not checkpoints and torch.is_grad_enabled() and HAS_TOP_HOOKS:
+        has_graph = torch.is_grad_enabled() and HAS_TOP_HOOKS
+        if has_graph and not checkpoints:
             return
         start = _Start(_sample(x), mu, weakref.WeakKeyDictionary(dict.fromkeys(checkpoints, _NO_BACKWARD)))
         if checkpoints:
             self._drop_dead()
             self._of_checkpoints.append(start)
-        else:
+        if not has_graph:  # even in a checkpoint, which may end before a reentrant one inside of it
             self._has_forgotten |= len(self._without_graph) == _LIMIT
             self._without_graph.append(start)
 
@@ -110,7 +111,7 @@ class Starts:
         """The starts of forwards with the input x, the oldest first."""
         sample = _sample(x)
         alike = sample.shape, sample.device
-        starts = [*self._of_checkpoints, *self._without_graph]
+        starts = list(dict.fromkeys([*self._of_checkpoints, *self._without_graph]))
         starts = [start for start in starts if (start.sample.shape, start.sample.device) == alike]
         differences = torch.stack([sample, *(start.sample - sample for start in starts)])
         size, *distances = differences.abs().flatten(1).sum(1).tolist()  # one wait for a GPU

@@ -130,9 +130,18 @@ def without_gradient(unit: EMAUnit, x: Tensor, checkpointed: Checkpoint) -> Tens
     return checkpointed(run, x) + unit(x)
 
 
+def reentrant_and_offloaded(unit: EMAUnit, x: Tensor, checkpointed: Checkpoint) -> Tensor:
+    reentrant = isinstance(checkpointed, partial)
+    with torch.autograd.graph.save_on_cpu():
+        y = checkpoint(unit, x, use_reentrant=True) if reentrant else unit(x)
+    return unit(unit(y))
+
+
 @needs_hooks_to_tell
-@pytest.mark.parametrize("inner", [frozen, offloaded, without_gradient])
-def test_an_inner_checkpoint_that_saves_nothing(inner: Callable[[EMAUnit, Tensor, Checkpoint], Tensor]) -> None:
+@pytest.mark.parametrize("inner", [frozen, offloaded, without_gradient, reentrant_and_offloaded])
+def test_an_inner_checkpoint_that_ends_before_the_outer_one_or_after_it(
+    inner: Callable[[EMAUnit, Tensor, Checkpoint], Tensor],
+) -> None:
     x, results = torch.randn(2, 6, 5, 5, dtype=torch.float64), []
     for run in (partial(checkpoint, use_reentrant=False), lambda function, x: function(x)):
         unit, source = small_unit(gradient="none" if inner is frozen else "all", scale=5), x.clone().requires_grad_()

@@ -89,7 +89,7 @@ def test_the_maps_are_those_of_the_largest_share_or_those_that_are_asked_for():
     assert shown(plot_attention_maps(z[:3].mean(0)[None], z, bases=torch.tensor([19, 2]))) == [19, 2]
 
 
-@pytest.mark.parametrize("bases", [[], [1, 1], [-1], [4], [0.5]])
+@pytest.mark.parametrize("bases", [[], [1, 1], [-1], [4], [0.5], [True]])
 def test_bases_that_are_none_are_refused(bases):
     with pytest.raises(
         ValueError, match="bases must be different numbers from 0 to 3, one or more; got " + re.escape(str(bases))

@@ -76,7 +76,7 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
     shares = z.mean((1, 2))
     bases = bases.tolist() if isinstance(bases, Tensor) else bases
     shown = shares.argsort(descending=True, stable=True)[:_MOST_MAPS].tolist() if bases is None else list(bases)
-    if not shown or len(set(shown)) < len(shown) or not set(shown) <= set(range(num_bases)):
+    if not shown or len(set(shown)) < len(shown) or not set(shown) <= set(range(num_bases)) or bool in map(type, shown):
         raise ValueError(f"bases must be different numbers from 0 to {num_bases - 1}, one or more; got {bases}")
     say = _nearly_even(z)
     z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
