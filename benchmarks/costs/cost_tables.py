@@ -290,9 +290,6 @@ def readme_table(results: dict) -> str:
             f"The worst cell is {grid.ratio(worst):.2f} ({grid.name(worst)}).",
             "",
         ]
-        if _was_alone(results):
-            commit = results["grid"]["environment"]["commit"]
-            lines += [f"The cells and their targets are of commit {commit}, and all else is of {env['commit']}.", ""]
     targets = _targets(results)
     return "\n".join([*lines, *missed_targets(targets), ""] if isinstance(targets, list) else lines)
 
@@ -317,14 +314,14 @@ def quicker_blocks(table: dict) -> str:
 def missed_targets(rows: list[dict]) -> list[str]:
     """Every target that is missed, by kind, the one that is missed most first."""
     missed = [row for row in rows if row["value"] > row["target"]]
-    count = f"The unit has {len(rows)} targets. It misses {len(missed)}."
+    count = f"The project has set the unit {len(rows)} [targets](benchmarks/costs/targets.py). It misses {len(missed)}."
     lines = [f"{count} Each is named with the value that it has, then the one wanted:", ""]
     for kind in dict.fromkeys(map(_kind, missed)):
         some = [row for row in missed if _kind(row) == kind]
         some.sort(key=lambda row: row["value"] / row["target"], reverse=True)
         each = "; ".join(f"{', not '.join(_value_and_target(row))} ({row['quantity']})" for row in some)
         lines.append(f"- {kind}, {len(some)} of {sum(_kind(row) == kind for row in rows)}: {each}.")
-    return lines if missed else [f"The unit meets all of its {len(rows)} targets."]
+    return lines if missed else [f"The unit meets all of its {len(rows)} [targets](benchmarks/costs/targets.py)."]
 
 
 def _kind(row: dict) -> str:

@@ -119,13 +119,16 @@ def test_missed_targets_are_named_by_kind_the_farthest_first():
         row("largest error", 2e-5, 1e-5),
     ]
     assert cost_tables.missed_targets(rows) == [
-        "The unit has 7 targets. It misses 4. Each is named with the value that it has, then the one wanted:",
+        "The project has set the unit 7 [targets](benchmarks/costs/targets.py). It misses 4. "
+        "Each is named with the value that it has, then the one wanted:",
         "",
         "- Large maps and tokens, in float32, 2 of 3: 0.90, not 0.50 (step); 0.60, not 0.50 (forward).",
         "- Half precision, 1 of 1: 1.10, not 1.00 (bfloat16: forward).",
         "- Memory, arithmetic and rounding, 1 of 2: 2.0e-05, not 1.0e-05 (largest error).",
     ]
-    assert cost_tables.missed_targets(rows[-3:-1]) == ["The unit meets all of its 2 targets."]
+    assert cost_tables.missed_targets(rows[-3:-1]) == [
+        "The unit meets all of its 2 [targets](benchmarks/costs/targets.py)."
+    ]
 
 
 @pytest.mark.parametrize(
