@@ -231,6 +231,12 @@ def test_the_readmes_lines_have_the_ratios_of_its_table_and_of_the_grid(old: dic
     ) in lines
 
 
+def test_the_report_says_which_commit_the_cells_are_of_if_they_were_measured_alone(old: dict, measured: dict) -> None:
+    lines = cost_tables.grid_section({**old, "grid": as_grid(CELLS, measured)})
+    assert "These cells were measured by a command of their own:" in lines
+    assert any(f"commit {measured['environment']['commit']}" in line for line in lines)
+
+
 def test_only_grid_is_put_into_the_results_and_nothing_is_lost(
     old: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
