@@ -75,25 +75,32 @@ class Starts:
         Raises:
             RuntimeError: if nothing tells which forward is run again.
         """
-        checkpoints = _checkpoints()
-        runs_again = bool(checkpoints) or _is_in_reentrant_checkpoint() or not HAS_TOP_HOOKS
-        if not (runs_again and has_values(x)):
+        checkpoints, is_in_reentrant = _checkpoints(), _is_in_reentrant_checkpoint()
+        if not (checkpoints or is_in_reentrant or not HAS_TOP_HOOKS) or not has_values(x):
             return None
         self._drop_dead()
-        starts = self._with_input(x)
+        kept = self._of_checkpoints
+        known = next((one for one in checkpoints if any(one in start.checkpoints for start in kept)), None)
+        if known is not None:  # it runs again once in a backward, its forwards in the order in which they ran
+            backward = torch._C._current_graph_task_id()
+            of_this = [start for start in kept if known in start.checkpoints]
+            left = [start for start in of_this if start.checkpoints[known] != backward] or of_this
+            found = [*_with_input(x, left), *left][0]
+            found.checkpoints[known] = backward
+            return found.mu
+        starts = _with_input(x, list(dict.fromkeys([*kept, *self._without_graph])))
         if not starts and self._has_forgotten:
             raise RuntimeError(
                 f"a checkpointed EMAUnit can run its latest {_LIMIT} forwards again; got the input of none of them"
             )
+        if not starts and is_in_reentrant:
+            raise RuntimeError(
+                "an EMAUnit in a reentrant checkpoint must get the same input when it runs again; got another one "
+                "(random layers before it need preserve_rng_state=True)"
+            )
         if not starts:
             return None
-        known = next((one for one in checkpoints if any(one in start.checkpoints for start in starts)), None)
-        if known is not None:  # it runs again once in a backward, its forwards in the order in which they ran
-            backward = torch._C._current_graph_task_id()
-            of_this = [start for start in starts if known in start.checkpoints]
-            found = next((start for start in of_this if start.checkpoints[known] != backward), of_this[0])
-            found.checkpoints[known] = backward
-        elif checkpoints:  # in a new one, inside of a reentrant one that is run again
+        if checkpoints:  # in a new one, inside of a reentrant one that is run again
             found = starts[0]
             if not all(torch.equal(start.mu, found.mu) for start in starts):
                 raise RuntimeError(
@@ -107,21 +114,21 @@ class Starts:
                 self._without_graph.appendleft(found)
         return found.mu
 
-    def _with_input(self, x: Tensor) -> list[_Start]:
-        """The starts of forwards with the input x, the oldest first."""
-        sample = _sample(x)
-        alike = sample.shape, sample.device
-        starts = list(dict.fromkeys([*self._of_checkpoints, *self._without_graph]))
-        starts = [start for start in starts if (start.sample.shape, start.sample.device) == alike]
-        differences = torch.stack([sample, *(start.sample - sample for start in starts)])
-        size, *distances = differences.abs().flatten(1).sum(1).tolist()  # one wait for a GPU
-        nearest = min(distances, default=torch.inf)
-        if nearest > _NOISE * size:
-            return []
-        return [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
-
     def _drop_dead(self) -> None:
         self._of_checkpoints = [start for start in self._of_checkpoints if start.checkpoints]
+
+
+def _with_input(x: Tensor, starts: list[_Start]) -> list[_Start]:
+    """Those of the forwards whose input was x (B, C, N), in their order."""
+    sample = _sample(x)
+    alike = sample.shape, sample.device
+    starts = [start for start in starts if (start.sample.shape, start.sample.device) == alike]
+    differences = torch.stack([sample, *(start.sample - sample for start in starts)])
+    size, *distances = differences.abs().flatten(1).sum(1).tolist()  # one wait for a GPU
+    nearest = min(distances, default=torch.inf)
+    if nearest > _NOISE * size:
+        return []
+    return [start for start, distance in zip(starts, distances, strict=True) if distance == nearest]
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -132,7 +139,7 @@ def _sample(x: Tensor) -> Tensor:
     frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=x.dtype, device=x.device).sqrt()
     left, right = (torch.outer(torch.arange(n, device=x.device), frequencies).cos() for n in x.shape[1:])
     with without_autocast(x.device):
-        return left.mT @ (x @ right)
+        return (left.mT @ (x @ right)).nan_to_num(0.0, 0.0, 0.0)  # sums may overflow
 
 
 def _checkpoints() -> list[object]:

@@ -203,6 +203,30 @@ def test_checkpointed_inputs_that_differ_little_are_told_apart(use_reentrant: bo
         torch.testing.assert_close(actual, expected)
 
 
+def bases_move_in_a_backward(before: nn.Module, x: Tensor, **options: bool) -> bool:
+    unit = EMAUnit(6, 4, gradient="all", norm_layer=nn.Identity)
+    model = nn.Sequential(before, unit, nn.Conv2d(6, 1, 1))  # which needs the unit's output, and so all of its forward
+    y = checkpoint(model, x.requires_grad_(), **options)
+    moved = unit.mu.clone()
+    y.sum().backward()
+    return not torch.equal(unit.mu, moved)
+
+
+@needs_hooks_to_tell
+def test_a_checkpoint_whose_input_is_another_one_when_it_runs_again_moves_no_bases() -> None:
+    before, x, options = nn.Dropout(0.5), torch.rand(2, 6, 16, 16), {"preserve_rng_state": False}
+    assert not bases_move_in_a_backward(before, x, use_reentrant=False, **options)
+    expected = "^an EMAUnit in a reentrant checkpoint must get the same input when it runs again; got another one"
+    with pytest.raises(RuntimeError, match=expected):
+        bases_move_in_a_backward(before, x, use_reentrant=True, **options)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_of_inputs_whose_sums_overflow_moves_no_bases(use_reentrant: bool) -> None:
+    x = 1e38 * torch.rand(2, 6, 16, 16)
+    assert not bases_move_in_a_backward(nn.Identity(), x, use_reentrant=use_reentrant)
+
+
 @pytest.mark.parametrize("saved", ["bmm", "mean", "lerp"])
 def test_a_selective_checkpoint_changes_no_gradient(saved: str) -> None:
     operation = {"lerp": torch.ops.aten.lerp.Scalar, "mean": torch.ops.aten.mean.dim}
