@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from examples._common.files import written_whole
 
@@ -15,6 +17,22 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         with written_whole(folder / name) as file:
             file.write(content)
+
+
+def read_results(path: Path, *keys: str) -> dict[str, Any]:
+    """The dict in a JSON file that a benchmark has written.
+
+    Raises:
+        ValueError: with the file's name, for one that is no such file, or lacks one of the keys.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a benchmark's results, as JSON: {error}") from None
+    if not isinstance(results, dict) or not set(keys) <= results.keys():
+        got = ", ".join(results) if isinstance(results, dict) else f"a {type(results).__name__}"
+        raise ValueError(f"{path} must hold results with {', '.join(keys)}; got {got or 'nothing'}")
+    return results
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:

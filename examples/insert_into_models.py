@@ -9,6 +9,7 @@ before, until training changes the unit.
 
 from __future__ import annotations
 
+import argparse
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -106,7 +107,10 @@ INSERTIONS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m examples.insert_into_models", description=__doc__.splitlines()[0]
+    ).parse_args(arguments)
     row = "{:<27}{:<22}{:<19}{:>16}  {:>14}{:>14}"
     print(row.format("network", "input", "unit", "extra parameters", "max |output|", "max |change|"))
     for name, (build, insert, input_shape) in INSERTIONS.items():

@@ -61,9 +61,14 @@ def follow(paths: list[Path], args: argparse.Namespace) -> tuple[np.ndarray, np.
     And the first frames with the segments of the carried bases over them.
     """
     backbone = efficientnet_lite0("DEFAULT")
-    cold, warm, overlaid, carried = [], [], [], None
+    cold, warm, overlaid, carried, shape = [], [], [], None, None
     for path in tqdm(paths, unit="frame"):
         photo = read_photo(path, args.size)
+        shape = photo.shape if shape is None else shape
+        if photo.shape != shape:
+            raise ValueError(
+                f"{path} must have the height and width of the first frame, {shape[:2]}; got {photo.shape[:2]}"
+            )
         x = F.normalize(extract_features(backbone, photo), dim=1)
         start = farthest_positions(x, args.bases)[None]
         if carried is None:

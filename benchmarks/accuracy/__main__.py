@@ -39,7 +39,7 @@ from benchmarks.accuracy.sweep_runs import FOLDER, ROWS, Rows, planned_runs, rea
 from benchmarks.accuracy.tasks import FIXED_BASES, LEADING, RUN_OF_BASES, RUN_OF_STAGES, TASKS, TWO_RATES
 from benchmarks.blocks import TRAINED
 from benchmarks.plot_style import png
-from benchmarks.reporting import update_readme, write_files
+from benchmarks.reporting import read_results, update_readme, write_files
 
 README_MARKERS = ("<!-- accuracy table: begin -->", "<!-- accuracy table: end -->")
 
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_files(args.results, {costs.name: (json.dumps(networks, indent=1) + "\n").encode()})
         if not costs.exists():
             raise ValueError(f"{costs} does not exist: --measure makes it")
-        networks = json.loads(costs.read_text())
+        networks = read_results(costs)
         for name, task in TASKS.items():
             expected, got = task.compared(), networks.get("networks", {}).get(name, {}).get("blocks", {})
             if got.keys() != set(expected):

@@ -31,7 +31,7 @@ from benchmarks.accuracy.sweep_runs import FOLDER
 from benchmarks.environment import environment
 from benchmarks.measure import summary
 from benchmarks.plot_style import png
-from benchmarks.reporting import write_files
+from benchmarks.reporting import read_results, write_files
 from ema_attention import TiledEMAttention, em_attention
 from examples._common.evaluation import mean_iou
 from examples._common.photos import STRIDE, efficientnet_lite0, extract_features
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_files(args.results, files)
         if not numbers.exists():
             raise ValueError(f"{numbers} does not exist: --root, the folder of CamVid, makes it")
-        results = json.loads(numbers.read_text())
+        results = read_results(numbers, "environment", "settings", "features", "bounds", "rows")
         files = {"segments.md": report(results).encode(), "segments_scores.png": png(plot_scores(results))}
         write_files(args.results, files)
     except (OSError, ValueError) as error:

@@ -25,9 +25,11 @@ from benchmarks.costs.measure_costs import measure_costs, measure_grid_alone
 from benchmarks.costs.sizes import FULL, QUICK, Sizes
 from benchmarks.environment import machine
 from benchmarks.plot_style import png
-from benchmarks.reporting import RESULTS, update_readme, write_files
+from benchmarks.reporting import RESULTS, read_results, update_readme, write_files
 
 README_MARKERS = ("<!-- cost table: begin -->", "<!-- cost table: end -->")
+PARTS = ("command", "environment", "costs", "growth", "targets")
+"""What ``results.json`` has, and the grid in most files."""
 
 
 def write(results: dict, folder: Path) -> None:
@@ -55,7 +57,7 @@ def measured_again(folder: Path, sizes: Sizes, device: str, command: str) -> dic
         ValueError: if these results come from another machine.
         OSError: if there are none.
     """
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder / "results.json", *PARTS)
     if results["environment"]["machine"] != machine(device):
         raise ValueError(f"{folder} must have results of {machine(device)}; got {results['environment']['machine']}")
     results["grid"] = measure_grid_alone(sizes, device, command)
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--only measures and --render does not: give one of them")
     try:
         if options.render:
-            results = json.loads(options.render.read_text())
+            results = read_results(options.render, *PARTS)
         else:
             command = shlex.join(
                 ["python", "-m", "benchmarks.costs", *(sys.argv[1:] if arguments is None else arguments)]

@@ -29,6 +29,8 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         ValueError: with the file's name, if it cannot be written.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write {path}: it is there, and no file")
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")  # no other process writes this one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -72,11 +72,13 @@ def farthest_positions(x: Tensor, num_bases: int) -> Tensor:
     The first is the position farthest from the mean. Each next one is the least like those before it.
 
     Raises:
-        ValueError: if there are fewer positions than bases, or no bases.
+        ValueError: if there are fewer positions than bases, or no bases, or all positions are the same.
     """
     features = x[0].flatten(1)  # (C, N)
     if not 1 <= num_bases <= features.shape[1]:
         raise ValueError(f"--bases must be from 1 to {features.shape[1]}, the number of positions; got {num_bases}")
+    if not features.any():
+        raise ValueError("the photograph must have positions with different features; it has one, or all are alike")
     directions = F.normalize(features, dim=0)
     chosen = [int(features.norm(dim=0).argmax())]
     likeness = directions.T @ directions[:, chosen[0]]

@@ -43,7 +43,7 @@ def plot_segmentation(model: nn.Module, image: Tensor, mask: Tensor, names: Sequ
     }
     height, width = mask.shape
     count = len(panels) + len(maps)
-    figure = Figure(figsize=(3.2 * count, 3.2 * height / width + 1), layout="constrained")
+    figure = Figure(figsize=(3.2 * count, 3.2 * min(height / width, 4) + 1), layout="constrained")
     axes = figure.subplots(1, count)
     for ax, (title, panel) in zip(axes, panels.items(), strict=False):
         ax.imshow(panel.numpy())

@@ -41,6 +41,8 @@ class Recipe:
         for name in ("lr", "momentum", "weight_decay", "norm_momentum", "seed", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.norm_momentum > 1:
+            raise ValueError(f"norm_momentum must be at most 1; got {self.norm_momentum}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {tuple(PRECISIONS)}; got {self.precision!r}")
 

@@ -147,6 +147,8 @@ class Run:
         iou = evaluate(model, self.val_set, next(model.parameters()).device)
         self.history[self.step] = iou.tolist()
         *before, now = map(mean_iou, self.history.values())
+        if math.isnan(now):
+            raise ValueError("the images for validation must have labels of classes; they have none")
         if not before or now > max(before):
             self.save(self.best)
         self.save(self.last)  # after the best: a run that dies in between evaluates again

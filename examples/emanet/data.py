@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from examples._common.picture_files import read_pair
 from examples._common.samples import IGNORE, IMAGENET_MEAN, Colours, Sample, normalisation
@@ -69,6 +70,11 @@ class Segmentation(Dataset[Sample]):
                 raise ValueError(f"cannot read {path}: {error.strerror}") from None
             digest.update(hashlib.sha256(content).digest())
         return f"{len(self)} samples, SHA-256 {digest.hexdigest()[:16]}"
+
+    def check(self, what: str) -> None:
+        """Reads every sample once, so that a broken one is known before the training. Raises as reading it does."""
+        for index in tqdm(range(len(self)), f"reading {what}", unit="image", leave=False):
+            self[index]
 
     def __getitem__(self, index: int) -> Sample:
         """Raises ValueError, with the file's name, for one that is broken, of another size, or with other labels."""
@@ -262,12 +268,18 @@ def own_folder(root: Path, split: str, names: tuple[str, ...], size: tuple[int, 
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """The names of the classes, a line each. Raises ValueError if there are none, one is there twice, or too many."""
+    """The names of the classes, a line each, as a label is the number of its line, the first one 0.
+
+    Raises:
+        ValueError: if there are none or too many, one is there twice, or a line between them is empty.
+    """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ValueError(f"cannot read the classes {path}: {reason}") from None
+    if "" in names:
+        raise ValueError(f"{path} must name a class in each line; got an empty one, line {names.index('') + 1}")
     if not 1 <= len(names) <= IGNORE:
         raise ValueError(f"{path} must name 1 to {IGNORE} classes, a line each; got {len(names)}")
     if twice := [name for name in names if names.count(name) > 1]:

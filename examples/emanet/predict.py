@@ -29,7 +29,7 @@ def plot_overlay(image: Tensor, classes: Tensor, names: Sequence[str], colours: 
     """Predicted classes (H, W) over their image (3, H, W), uint8, with the share of each."""
     height, width = classes.shape
     blend = (image.permute(1, 2, 0).float() + colour_classes(classes, colours).float()) / 2
-    figure = Figure(figsize=(8, 8 * height / width + 0.8), layout="constrained")
+    figure = Figure(figsize=(8, 8 * min(height / width, 2) + 0.8), layout="constrained")
     ax = figure.subplots()
     ax.imshow(blend.to(torch.uint8).numpy())
     ax.set(xticks=[], yticks=[])
@@ -51,6 +51,10 @@ def predict(args: argparse.Namespace) -> None:
     stems = [path.stem for path in args.images]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise ValueError(f"images must have names of their own; got {stems.count(twice[0])} called {twice[0]!r}")
+    given = {path.resolve() for path in args.images}
+    written = [args.output / f"{stem}_{kind}.png" for stem in stems for kind in ("classes", "attention")]
+    if lost := next((path for path in written if path.resolve() in given), None):
+        raise ValueError(f"{lost} is one of the images, and would be written over: give another --output")
     for path in tqdm(args.images, unit="image"):
         image = tv_tensors.Image(read_image(path))
         x = normalisation(image)[None].to(device)

@@ -74,6 +74,9 @@ def train(args: argparse.Namespace) -> None:
             model = build(network, weights)
             if is_first:
                 print(f"{len(train_set)} images to train on, {len(val_set)} for validation")
+                if not resumes:
+                    train_set.check("the images to train on")
+                    val_set.check("those for validation")
         if weights not in ("DEFAULT", "none"):
             load_backbone(model, Path(weights))
         transform = augmentation(args.crop)
@@ -108,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gradient", choices=get_args(GradientMode), default="none", help="of the unit (default: %(default)s)"
     )
-    parser.add_argument("--layer-scale", type=float, default=1.0, help="γ of the unit (default: %(default)s)")
+    parser.add_argument("--layer-scale", type=float, default=1.0, help="of the unit (default: %(default)s)")
     parser.add_argument(
         "--crop",
         type=int,

@@ -135,7 +135,11 @@ def test_missed_targets_are_named_by_kind_the_farthest_first():
     ("arguments", "message"),
     [
         (["--render", "nowhere.json"], "nowhere.json"),
-        (["--render", "broken.json"], "Expecting value"),
+        (["--render", "broken.json"], "broken.json must hold a benchmark's results, as JSON: Expecting value"),
+        (
+            ["--render", "others.json"],
+            "others.json must hold results with command, environment, costs, growth, targets",
+        ),
         (["--render", "good.json", "--readme", "good.json"], "good.json must have one line <!-- cost table: begin -->"),
         (["--threads", "0"], "--threads must be at least 1; got 0"),
     ],
@@ -143,6 +147,7 @@ def test_missed_targets_are_named_by_kind_the_farthest_first():
 def test_mistakes_end_in_one_sentence(arguments, message, results, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("")
+    (tmp_path / "others.json").write_text('{"environment": {}, "networks": {}}')
     (tmp_path / "good.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit) as exit_:
         report.main([*arguments, "--output", str(tmp_path / "out")])

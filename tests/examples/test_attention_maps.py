@@ -167,6 +167,7 @@ def mistake(argv, capsys) -> str:
     [
         (["--bases", "97"], "--bases must be from 1 to 96, the number of positions; got 97"),
         (["--bases", "0"], "--bases must be from 1 to 96, the number of positions; got 0"),
+        (["--size", "8", "--bases", "1"], "must have positions with different features; it has one, or all are alike"),
         (["--stages", "0"], "stages must be at least 1; got 0"),
         (["--scale", "-1"], "scale must be positive and finite; got -1.0"),
         (["--size", "7"], "--size must be at least 8; got 7"),

@@ -105,6 +105,15 @@ def test_two_that_write_one_file_do_not_write_into_each_other(tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match=f"^cannot write {path}: it is there, and no file$"), written_whole(path):
+            pass
+    assert pipe.is_fifo()
+
+
 def test_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     with written_whole(tmp_path / "link") as file:

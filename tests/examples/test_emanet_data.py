@@ -425,6 +425,7 @@ def test_too_few_images_of_ones_own_are_refused(tmp_path: Path) -> None:
         (b"", "must name 1 to 255 classes, a line each; got 0"),
         ("\n".join(map(str, range(256))).encode(), "must name 1 to 255 classes, a line each; got 256"),
         (b"sky\nroad\nsky\n", "must name each class once; got 'sky' 2 times"),
+        (b"sky\n \nroad\n", "must name a class in each line; got an empty one, line 2"),
         (b"\xff\xfe", "cannot read the classes .*: it is no text in UTF-8"),
         (None, "cannot read the classes .*: No such file"),
     ],
@@ -437,9 +438,9 @@ def test_names_that_are_none_are_refused(tmp_path: Path, content: bytes | None, 
         read_names(path)
 
 
-def test_names_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
+def test_names_are_the_lines_and_empty_ones_may_follow(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig"):  # Windows' Notepad may write a mark before the text
-        (tmp_path / "classes.txt").write_text("sky\n traffic light \n\nroad\n", encoding)
+        (tmp_path / "classes.txt").write_text("sky\n traffic light \nroad\n\n \n", encoding)
         assert read_names(tmp_path / "classes.txt") == ("sky", "traffic light", "road")
 
 

@@ -534,6 +534,13 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
     predict.main([str(folder / "best.pt"), str(streets / "test" / "0.jpg"), "--output", str(tmp_path / "pictures")])
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == ["0_attention.png", "0_classes.png"]
+    mine = tmp_path / "pictures" / "0_classes.png"
+    before = mine.read_bytes()
+    images = [str(streets / "test" / "0.jpg"), str(mine)]
+    with pytest.raises(SystemExit):
+        predict.main([str(folder / "best.pt"), *images, "--output", str(mine.parent)])
+    assert f"{mine} is one of the images, and would be written over" in capsys.readouterr().err
+    assert mine.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -550,6 +557,7 @@ def test_torchrun_trains_and_evaluate_and_predict_read_what_it_wrote(
         ),
         (["--root", "{streets}", "--steps", "0"], "steps must be at least 1; got 0"),
         (["--root", "{streets}", "--lr", "nan"], "lr must be at least 0; got nan"),
+        (["--root", "{streets}", "--norm-momentum", "2"], "norm_momentum must be at most 1; got 2.0"),
         (["--root", "{streets}", "--size", "0", "9"], "size must be a height and a width of at least 1; got (0, 9)"),
         (["--root", "{streets}", "--crop", "9", "0"], "crop must be a height and a width of at least 1; got (9, 0)"),
         (["--root", "{streets}", "--num-bases", "0"], "num_bases must be at least 1; got 0"),
@@ -583,6 +591,30 @@ def test_ones_own_folder_is_trained_on_and_scored_without_writing_python(
     assert "8 images to train on, 2 for validation" in capsys.readouterr().out
     evaluate_command.main([str(tmp_path / "run" / "best.pt"), *data])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*map(str, range(12)), "mean"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_mask_is_named_before_the_training(
+    split: str, streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(streets, tmp_path / "streets")
+    mask = max((tmp_path / "streets" / f"{split}annot").iterdir())
+    Image.fromarray(np.full_like(np.array(Image.open(mask)), 77)).save(mask)
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "run"), *COMMAND, "--root", str(tmp_path / "streets")])
+    assert f"{mask} must have labels from 0 to 10, or 11 where there is none; got 77" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_without_labels_is_said_to_be_one(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(streets, tmp_path / "streets")
+    for mask in (tmp_path / "streets" / "valannot").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(mask)), 11)).save(mask)
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "run"), *COMMAND, "--root", str(tmp_path / "streets"), "--steps", "1"])
+    assert "the images for validation must have labels of classes; they have none" in capsys.readouterr().err
 
 
 def test_a_download_that_fails_names_the_option_that_needs_none(

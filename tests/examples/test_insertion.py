@@ -113,7 +113,7 @@ def test_the_transformers_unit_sits_half_way_and_sees_no_prefix_token() -> None:
 
 
 def test_the_table_has_a_row_for_every_network_and_no_change(capsys: pytest.CaptureFixture[str]) -> None:
-    insert_into_models.main()
+    insert_into_models.main([])
     lines = capsys.readouterr().out.splitlines()
     rows = lines[1 : 1 + len(INSERTIONS)]
     for name, row in zip(INSERTIONS, rows, strict=True):

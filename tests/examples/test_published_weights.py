@@ -413,7 +413,7 @@ def checkpoint(change: Callable[[Weights], object], format: str = "official") ->
         ({"state_dict": {1: torch.zeros(3)}}, "must have a state_dict under 'state_dict'"),
         ({"net": {}}, "layer3 must have one of .* blocks; got 0"),
         ({"model": {}, "network": {"depth": 50}}, "unexpected keyword argument 'depth'"),
-        (checkpoint(lambda w: w.pop("emau.mu")), "emau.mu must be there"),
+        (checkpoint(lambda w: w.pop("emau.mu")), "emau.mu must have 3 dimensions; got"),
         (checkpoint(lambda w: w.pop("fc2.bias")), "Missing key.*fc2.bias"),
         (checkpoint(lambda w: w.update({"fc0.bn.bias": torch.zeros(3)})), "size mismatch for fc0.bn.bias"),
         (

@@ -23,6 +23,7 @@ _COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7", "#
 _SHADES = ((0, 0.0), (1, 0.5), (0, 0.45), (1, 0.25), (0, 0.25), (1, 0.7), (0, 0.65), (1, 0.85))
 _MOST_MAPS = 12  # of plot_attention_maps, unless it is told which
 _MOST_STAGES = 6  # panels of plot_em_stages
+_HIGHEST = 4  # times as high as wide: room for a panel, in which a higher photograph is narrow
 _LONGEST_SIDE = 640  # pixels of the photograph: a panel shows no more, and there are many of them
 _NUMBER_INCHES = 0.19  # from the number of a basis to the next, at least
 _ROUNDING = 0.05  # of the sum of maps in bfloat16
@@ -80,7 +81,8 @@ def plot_attention_maps(image: Any, z: Tensor, *, bases: Sequence[int] | None = 
         raise ValueError(f"bases must be different numbers from 0 to {num_bases - 1}, one or more; got {bases}")
     say = _nearly_even(z)
     z = F.interpolate(z[None], photo.shape[:2], mode="bilinear")[0]
-    figure, (first, *middle, last, bar) = _lay_out(num_bases, len(shown), photo.shape[0] / photo.shape[1], say)
+    aspect = min(photo.shape[0] / photo.shape[1], _HIGHEST)
+    figure, (first, *middle, last, bar) = _lay_out(num_bases, len(shown), aspect, say)
 
     first.imshow(photo.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
     first.set_title("photograph")
