@@ -89,6 +89,11 @@ def test_the_maps_are_those_of_the_largest_share_or_those_that_are_asked_for():
     assert shown(plot_attention_maps(z[:3].mean(0)[None], z, bases=torch.tensor([19, 2]))) == [19, 2]
 
 
+def test_a_photograph_as_high_as_a_strip_needs_no_high_figure():
+    figure = plot_attention_maps(torch.rand(3, 600, 2), maps(3))
+    assert figure.get_size_inches()[1] < 40
+
+
 @pytest.mark.parametrize("bases", [[], [1, 1], [-1], [4], [0.5], [True]])
 def test_bases_that_are_none_are_refused(bases):
     with pytest.raises(
