@@ -33,17 +33,20 @@ def test_sums_are_of_one_precision_and_keep_no_graph(dtype: torch.dtype) -> None
 
 
 def test_an_input_is_found_again_if_it_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recomputation, "_checkpoint", lambda: None)
+    monkeypatch.setattr(_recomputation, "_checkpoints", list)
     monkeypatch.setattr(_recomputation, "_is_in_reentrant_checkpoint", lambda: True)
     starts, inputs, mus = Starts(), torch.randn(65, 2, 6, 40), torch.randn(65, 1, 6, 3)
-    assert starts.find(inputs[64]) is None
+    another = "in a reentrant checkpoint must get the same input when it runs again; got another one"
+    with pytest.raises(RuntimeError, match=another):
+        starts.find(inputs[64])
     with torch.no_grad():
         for x, mu in zip(inputs[:64], mus[:64], strict=True):
             starts.keep(x, mu)
     found = starts.find(1.01 * inputs[7])
     assert found is not None
     assert torch.equal(found, mus[7])
-    assert starts.find(1.2 * inputs[8]) is None  # a sixth is more than noise
+    with pytest.raises(RuntimeError, match=another):
+        starts.find(1.2 * inputs[8])  # a sixth is more than noise
     with torch.no_grad():
         starts.keep(inputs[64], mus[64])
     with pytest.raises(RuntimeError, match="can run its latest 64 forwards again; got the input of none of them"):
