@@ -84,8 +84,7 @@ class Starts:
         if known is not None:  # it runs again once in a backward, its forwards in the order in which they ran
             backward = torch._C._current_graph_task_id()
             of_this = [start for start in kept if known in start.checkpoints]
-            left = [start for start in of_this if start.checkpoints[known] != backward] or of_this
-            found = [*_with_input(x, left), *left][0]
+            found = next((start for start in of_this if start.checkpoints[known] != backward), of_this[0])
             found.checkpoints[known] = backward
             return found.mu
         starts = _with_input(x, list(dict.fromkeys([*kept, *self._without_graph])))
