@@ -21,7 +21,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ema_attention import GradientMode
-from examples._common.processes import first_process_ahead, process_group
+from examples._common.processes import failing_together, first_process_ahead, process_group
 from examples._common.recipe import PRECISIONS, Recipe
 from examples._common.samples import seed_everything
 from examples._common.training import fit
@@ -74,9 +74,10 @@ def train(args: argparse.Namespace) -> None:
             model = build(network, weights)
             if is_first:
                 print(f"{len(train_set)} images to train on, {len(val_set)} for validation")
-                if not resumes:
-                    train_set.check("the images to train on")
-                    val_set.check("those for validation")
+        with failing_together():
+            if is_first and not resumes:
+                train_set.check("the images to train on")
+                val_set.check("those for validation")
         if weights not in ("DEFAULT", "none"):
             load_backbone(model, Path(weights))
         transform = augmentation(args.crop)
